@@ -1,0 +1,66 @@
+# make paper   installs everything, runs the embedded default, leaves figures, tables and the paper
+# make test    installs everything, runs all tests
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RUN ?= smoke
+PRESET ?= smoke
+# extra arguments for the runner, for example ARGS="-p seed=3"
+ARGS ?=
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help paper run list lab test export clean-notebooks install clean
+
+help:
+	@echo "make paper [RUN=name]                  run the embedded default (or take the run NAME) and make its paper"
+	@echo "make test                              all tests"
+	@echo "make run PRESET=name [DATA=file] [RUN=name] [ARGS=\"-p name=value\"]"
+	@echo "make lab                               the notebooks in JupyterLab"
+	@echo "make list                              the runs with status, time and headline numbers"
+	@echo "make export                            notebooks -> grpo_engage/"
+	@echo "More: .venv/bin/python -m grpo_engage --help"
+
+install: $(READY)
+
+# The stamp comes last: an installation that was cut off is taken up again.
+$(READY): requirements.lock settings.ini setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed (the lock file is made for it); found $$($(PYTHON) --version). Name another with PYTHON=path."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || { echo "This Python cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+paper: $(READY)
+ifeq ($(RUN),smoke)
+	$(BIN)/python -m grpo_engage run --preset smoke --publish $(ARGS)
+else
+	$(BIN)/python -m grpo_engage paper --run $(RUN)
+endif
+
+run: $(READY)
+	$(BIN)/python -m grpo_engage run --preset $(PRESET) $(if $(DATA),--data "$(DATA)") $(if $(filter-out smoke,$(RUN)),--run $(RUN)) $(ARGS)
+
+list: $(READY)
+	$(BIN)/python -m grpo_engage list
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir=. nbs/00_core.ipynb $(ARGS)
+
+export: $(READY)
+	rm -f grpo_engage/[a-z]*.py grpo_engage/__main__.py grpo_engage/_modidx.py
+	$(BIN)/nbdev_export
+
+clean-notebooks: $(READY)
+	$(BIN)/nbdev_clean
+
+# Order: what is quick to fail first; pytest last. One worker: the notebooks use all cores themselves.
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/nbdev_test --n_workers 1 --timing
+	$(BIN)/python -m pytest -q --durations=15
+
+clean:
+	rm -rf outputs/runs paper/figures paper/tables paper/macros.tex paper/main.pdf

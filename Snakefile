@@ -1,0 +1,178 @@
+"""The graph of a run: which stage reads what, and what counts as done.
+
+`python -m grpo_engage run` starts it inside the run's folder with the run's config.json; every path here is relative to
+that folder. A job's parameters are repeated as `params`, so that Snakemake sees when one changed and redoes what depends
+on it. Snakemake deletes the outputs of a failed job. The executed notebook is therefore declared as a log, and manifest
+and checkpoints are not declared at all: the first two must survive to tell why, the last so that a killed training goes on.
+"""
+
+import sys
+from pathlib import Path
+
+from grpo_engage.parameters import STAGES
+from grpo_engage.runner import job_parameters
+
+NOTEBOOKS = Path(workflow.basedir) / "nbs"
+# The notebooks whose code decides what a stage writes, by their numbers; a change in one of them redoes the stage.
+NUMBERS = {"data": ["01", "02"], "heuristic_reward": ["03"], "reward_model": ["04"], "policy": ["05"],
+           "train": ["06", "07"], "evaluation": ["08", "09"], "paper": ["10"]}
+SOURCE = [config["stages"]["data"]["data_path"]] if config["stages"]["data"]["source"] == "file" else []
+JOB = f"exec {sys.executable} -m grpo_engage job"
+# An arm that starts from another arm of the same seed.
+WARM_START = {"grpo": "baseline"}
+
+
+def notebooks(stage):
+    return sorted(str(path) for number in NUMBERS[stage] for path in NOTEBOOKS.glob(f"{number}*.ipynb"))
+
+
+def logs(stage, folder=""):
+    return {"notebook": f"{folder or stage}/{STAGES[stage]}.ipynb"}
+
+
+def parameters(stage, arm="", seed=None):
+    return job_parameters(config, stage, arm, seed)
+
+
+rule data:
+    input:
+        SOURCE,
+        notebooks("data"),
+    output:
+        "data/pairs.parquet",
+        "data/rejected.csv",
+        "data/margins.csv",
+    log:
+        **logs("data"),
+    params:
+        parameters=parameters("data"),
+    threads: workflow.cores
+    shell:
+        JOB + " data"
+
+
+rule heuristic_reward:
+    input:
+        "data/pairs.parquet",
+        notebooks("heuristic_reward"),
+    output:
+        "heuristic_reward/scores.parquet",
+        "heuristic_reward/validation.json",
+    log:
+        **logs("heuristic_reward"),
+    params:
+        parameters=parameters("heuristic_reward"),
+    threads: workflow.cores
+    shell:
+        JOB + " heuristic_reward"
+
+
+rule reward_model:
+    input:
+        "data/pairs.parquet",
+        "heuristic_reward/scores.parquet",
+        notebooks("reward_model"),
+    output:
+        "reward_model/reward/model.safetensors",
+        "reward_model/judge/model.safetensors",
+        "reward_model/labels.parquet",
+        "reward_model/validation.json",
+    log:
+        **logs("reward_model"),
+    params:
+        parameters=parameters("reward_model"),
+    threads: workflow.cores
+    shell:
+        JOB + " reward_model"
+
+
+rule policy:
+    input:
+        "data/pairs.parquet",
+        notebooks("policy"),
+    output:
+        "policy/policy.json",
+    log:
+        **logs("policy"),
+    params:
+        parameters=parameters("policy"),
+    threads: workflow.cores
+    shell:
+        JOB + " policy"
+
+
+def warm_start(wildcards):
+    origin = WARM_START.get(wildcards.arm)
+    return [f"train/{origin}/seed{wildcards.seed}/adapter/adapter_model.safetensors"] if origin else []
+
+
+rule train:
+    input:
+        "data/pairs.parquet",
+        "reward_model/labels.parquet",
+        "reward_model/reward/model.safetensors",
+        "policy/policy.json",
+        warm_start,
+        notebooks("train"),
+    output:
+        "train/{arm}/seed{seed}/adapter/adapter_model.safetensors",
+        "train/{arm}/seed{seed}/train_log.csv",
+        "train/{arm}/seed{seed}/verdict.json",
+    log:
+        **logs("train", "train/{arm}/seed{seed}"),
+    params:
+        parameters=lambda wildcards: parameters("train", wildcards.arm, int(wildcards.seed)),
+    wildcard_constraints:
+        arm="[a-z_0-9]+",
+        seed="[0-9]+",
+    threads: workflow.cores
+    shell:
+        JOB + " train --arm {wildcards.arm} --seed {wildcards.seed}"
+
+
+rule evaluation:
+    input:
+        expand("train/{arm}/seed{seed}/adapter/adapter_model.safetensors", arm=config["arms"], seed=config["seeds"]),
+        "data/pairs.parquet",
+        "reward_model/judge/model.safetensors",
+        "reward_model/reward/model.safetensors",
+        notebooks("evaluation"),
+    output:
+        "evaluation/generations.parquet",
+        "evaluation/scores.parquet",
+        "evaluation/pass.json",
+        "evaluation/metrics.csv",
+        "evaluation/comparisons.csv",
+        "evaluation/curves.csv",
+    log:
+        **logs("evaluation"),
+    params:
+        parameters=parameters("evaluation"),
+    threads: workflow.cores
+    shell:
+        JOB + " evaluation"
+
+
+rule paper:
+    default_target: True
+    input:
+        "data/margins.csv",
+        "heuristic_reward/validation.json",
+        "reward_model/validation.json",
+        expand("train/{arm}/seed{seed}/train_log.csv", arm=config["arms"], seed=config["seeds"]),
+        "evaluation/metrics.csv",
+        "evaluation/comparisons.csv",
+        "evaluation/curves.csv",
+        "evaluation/pass.json",
+        notebooks("paper"),
+        str(Path(workflow.basedir) / "paper" / "main.tex"),
+    output:
+        "paper/macros.tex",
+        "paper/main.pdf",
+    log:
+        **logs("paper"),
+    params:
+        parameters=parameters("paper"),
+    threads: workflow.cores
+    shell:
+        JOB + " paper"

@@ -1,0 +1,340 @@
+"""The evaluation on made-up replies whose scores are known beforehand; its metrics against other implementations."""
+
+import inspect
+import itertools
+import json
+import math
+import shutil
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+from rouge_score.rouge_scorer import RougeScorer
+from scipy.stats import hypergeom, mannwhitneyu
+
+from grpo_engage import evaluation, scoring
+from grpo_engage.core import REPO_ROOT
+from grpo_engage.evaluation import distinct_n, pass_at_k, rouge_l, self_bleu
+from grpo_engage.metrics import words
+from grpo_engage.statistics import paired_difference
+
+# ---- metrics against something independent ---------------------------------------------------------------------------
+
+nasty_text = st.one_of(st.text(max_size=40), st.lists(st.sampled_from("a b c the 👍 да 日本 , it's".split()),
+                                                      max_size=12).map(" ".join))
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(max, subsets)) / len(subsets), abs=1e-12)
+
+
+def test_pass_at_k_broadcasts_and_agrees_with_scipy_on_large_numbers():
+    counts, ks = np.array([0, 1, 7, 500])[:, None], np.array([1, 3, 400])
+    assert np.allclose(pass_at_k(500, counts, ks), hypergeom.sf(0, 500, counts, ks), atol=1e-10)
+    assert isinstance(pass_at_k(5, 2, 1), float)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((4, 2, 5), "more than n"), ((4, 5, 1), r"\[0, n\]"), ((4, -1, 1), r"\[0, n\]"), ((4, 1, 0), "at least 1"),
+    ((-4, -4, 1), "more than n"), ((4, 1.5, 1), "whole numbers"), ((4, math.nan, 1), "whole numbers"),
+    ((4, math.inf, 1), "whole numbers"), (("4", 1, 1), "whole numbers"), ((True, True, True), "whole numbers")])
+def test_pass_at_k_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pass_at_k(*arguments)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(nasty_text, max_size=8))
+def test_self_bleu_equals_nltk(texts):
+    cut = [tokens for tokens in map(words, texts) if tokens]
+    if len(cut) < 2:
+        assert math.isnan(self_bleu(texts))
+        return
+    expected = np.mean([sentence_bleu(cut[:i] + cut[i + 1:], cut[i], auto_reweigh=True,
+                                      smoothing_function=SmoothingFunction(epsilon=0.1).method1)
+                        for i in range(len(cut))])
+    assert self_bleu(texts) == pytest.approx(expected, abs=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(nasty_text, max_size=6), st.integers(1, 4))
+def test_distinct_n_by_hand(texts, n):
+    grams = [tuple(cut[i:i + n]) for cut in map(words, texts) for i in range(len(cut) - n + 1)]
+    expected = len(set(grams)) / len(grams) if grams else math.nan
+    assert distinct_n(texts, n) == pytest.approx(expected, nan_ok=True)
+
+
+def test_rouge_l_equals_the_package_on_plain_words_and_reads_other_scripts():
+    rng, stock = np.random.default_rng(0), RougeScorer(["rougeL"])
+    for _ in range(50):
+        text, *references = (" ".join(rng.choice(["ab", "cd", "ef", "gh"], size=rng.integers(1, 9))) for _ in range(4))
+        expected = max(stock.score(reference, text)["rougeL"].fmeasure for reference in references)
+        assert rouge_l(text, references) == pytest.approx(expected)
+    assert rouge_l("да, спасибо 👍", ["спасибо 👍"]) == pytest.approx(2 * 0.5 / 1.5)
+    assert stock.score("спасибо 👍", "да, спасибо 👍")["rougeL"].fmeasure == 0  # what the stock tokenizer would say
+
+
+@pytest.mark.parametrize("text", ["", " ", "word", "👍" * 5000, "x" * 10_000, "ab " * 3000, "नमस्ते", "\u200d\ufe0f",
+                                  "a\x00b", "\ud800"])
+def test_metrics_take_any_text(text):
+    for value in (self_bleu([text, text, "other words"]), distinct_n([text], 2), rouge_l(text, ["some words", "x"])):
+        assert math.isnan(value) or 0 <= value <= 1
+
+
+def test_beat_fraction_is_the_mann_whitney_statistic():
+    rng = np.random.default_rng(0)
+    for size in range(1, 12):
+        score, others = rng.integers(0, 4), rng.integers(0, 4, size=size)
+        expected = mannwhitneyu([score], others).statistic / size
+        assert scoring.beat_fraction([score], [others])[0] == pytest.approx(expected)
+
+
+# ---- a whole run on made-up replies ----------------------------------------------------------------------------------
+
+N_POSTS, N_SAMPLES = 30, 16
+
+
+def quality(tweets, replies):
+    """A judge that reads the number at the end of a reply: what the truth is, is then known."""
+    return np.array([float(reply.split()[-1]) if reply.split() else 0.0 for reply in replies])
+
+
+def write(reply_quality, post, sample):
+    return f"reply w{post} w{sample % 5} {reply_quality:.6f}"
+
+
+@pytest.fixture()
+def run_dir(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    pairs, made = [], []
+    for split in ("validation", "test"):
+        for number in range(N_POSTS):
+            post = f"{split}-{number}"
+            pairs += [{"conversation_id": post, "tweet": f"tweet of {post}", "reply": f"real {value:.6f}",
+                       "source": "other", "split": split} for value in rng.random(9)]
+            for arm in ("baseline", "better", "weaker") if split == "test" else ("baseline",):
+                shift = {"baseline": 0.0, "better": 0.25, "weaker": -0.25}[arm]
+                level = rng.normal(-0.1, 0.2) + shift
+                made += [{"arm": arm, "seed": 0, "split": split, "post": post, "sample": sample,
+                          "text": write(np.clip(level + rng.normal(0, 0.25), 0, 1), number, sample),
+                          "n_tokens": 4, "finish_reason": "stop"} for sample in range(N_SAMPLES)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "evaluation").mkdir()
+    pd.DataFrame(pairs).to_parquet(tmp_path / "data" / "pairs.parquet")
+    pd.DataFrame(made).to_parquet(tmp_path / "evaluation" / "generations.parquet")
+    judge = (quality, scoring.beat_fraction)
+    monkeypatch.setattr(evaluation, "engagement_scorers", lambda *_: ("model", {"judge": judge, "reward": judge}))
+    return tmp_path
+
+
+def score(run_dir, **options):
+    return evaluation.score_generations(run_dir, n_boot=200, **options).set_index(["arm", "metric"])["value"]
+
+
+def test_scores_say_what_was_put_in(run_dir):
+    value = score(run_dir)
+    frozen = json.loads((run_dir / "evaluation" / "pass.json").read_text())
+    assert abs(frozen["validation_pass_at_10"] - 0.6) < 0.1 and not frozen["warnings"]
+    assert value["better", "pass@10"] > value["baseline", "pass@10"] > value["weaker", "pass@10"]
+    assert value["baseline", "judge_engagement"] == value["baseline", "reward_engagement"]
+    assert math.isnan(value["baseline", "gold_appeal"])  # not the simulator: not known, which is not 0
+    notes = pd.read_csv(run_dir / "evaluation" / "notes.csv")["note"]
+    assert notes.str.contains("gold_appeal could not be computed for 30 of 30 posts").any()
+
+
+def test_metrics_equal_a_plain_recomputation_from_the_scores(run_dir):
+    value = score(run_dir)
+    tau = json.loads((run_dir / "evaluation" / "pass.json").read_text())["tau"]
+    made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
+    pairs = pd.read_parquet(run_dir / "data" / "pairs.parquet")
+    real = pairs.assign(q=quality(None, pairs["reply"])).groupby("conversation_id")["q"].apply(list)
+    chosen = made[(made["arm"] == "better") & (made["split"] == "test")]
+    beaten = [np.mean([float(text.split()[-1]) > other for other in real[post]])
+              for text, post in zip(chosen["text"], chosen["post"], strict=True)]
+    assert value["better", "judge_engagement"] == pytest.approx(np.mean(beaten))
+    counts = (pd.Series(beaten) >= tau).groupby(chosen["post"].to_numpy()).sum()
+    expected = np.mean([1 - math.comb(N_SAMPLES - c, 10) / math.comb(N_SAMPLES, 10) for c in counts])
+    assert value["better", "pass@10"] == pytest.approx(expected)
+    by_post = chosen.groupby("post")["text"].apply(list)
+    assert value["better", "self_bleu"] == pytest.approx(by_post.map(self_bleu).mean())
+
+
+def test_test_posts_do_not_move_the_pass_mark(run_dir):
+    score(run_dir)
+    before = (run_dir / "evaluation" / "pass.json").read_bytes()
+    path = run_dir / "evaluation" / "generations.parquet"
+    made = pd.read_parquet(path)
+    made.loc[made["split"] == "test", "text"] = "so good 1.0"
+    made.to_parquet(path)
+    value = score(run_dir)
+    assert (run_dir / "evaluation" / "pass.json").read_bytes() == before
+    assert value["baseline", "pass@1"] == 1.0
+    notes = " ".join(pd.read_csv(run_dir / "evaluation" / "notes.csv")["note"])
+    assert "ceiling: every arm's pass@1 is above 0.95" in notes
+
+
+def test_guarded_replies_never_pass(run_dir):
+    path = run_dir / "evaluation" / "generations.parquet"
+    made = pd.read_parquet(path)
+    better = (made["arm"] == "better") & (made["split"] == "test")
+    spam = "http://buy.example http://now.example click here free followers 1.0"
+    made.loc[better, "text"] = ["", spam] * (better.sum() // 2)
+    made.to_parquet(path)
+    value = score(run_dir)
+    assert value["better", "pass@10"] == 0.0 and value["better", "judge_engagement"] > 0.4
+    assert value["better", "guard_empty"] == pytest.approx(0.5) and value["better", "guard_spam"] == pytest.approx(0.5)
+
+
+def test_byte_identical_and_sensitive_to_the_seed(run_dir):
+    names = ("metrics.csv", "comparisons.csv", "curves.csv", "pass.json", "scores.parquet")
+    def files():
+        return [(run_dir / "evaluation" / name).read_bytes() for name in names]
+    score(run_dir, seed=1)
+    first = files()
+    score(run_dir, seed=1)
+    assert files() == first
+    score(run_dir, seed=2)
+    assert files()[0] != first[0] and files()[3] == first[3]  # other bootstrap draws, same pass mark
+
+
+def test_comparisons_are_paired_by_post(run_dir):
+    score(run_dir)
+    table = pd.read_csv(run_dir / "evaluation" / "comparisons.csv").set_index(["arm", "metric"])
+    scores = pd.read_parquet(run_dir / "evaluation" / "scores.parquet").query("split == 'test'")
+    counts = scores.groupby(["post", "arm"])["passed"].sum().unstack()
+    wide = counts.map(lambda c: 1 - math.comb(N_SAMPLES - c, 10) / math.comb(N_SAMPLES, 10))
+    expected = paired_difference(wide["better"], wide["baseline"])
+    assert table.loc[("better", "pass@10"), "difference"] == pytest.approx(expected.difference)
+    assert table.loc[("better", "pass@10"), "p_value"] == pytest.approx(expected.p_value, abs=0.01)
+    assert table.loc[("better", "pass@10"), "p_holm"] >= table.loc[("better", "pass@10"), "p_value"]
+    assert math.isnan(table.loc[("better", "gold_appeal"), "difference"])
+
+
+def test_curves_rise_and_their_bands_hold_them(run_dir):
+    score(run_dir)
+    curves = pd.read_csv(run_dir / "evaluation" / "curves.csv")
+    assert sorted(curves["k"].unique()) == list(range(1, N_SAMPLES + 1))
+    assert curves.groupby("arm")["value"].apply(lambda column: (column.diff().dropna() >= -1e-12).all()).all()
+    assert curves["value"].between(curves["ci_low"] - 1e-9, curves["ci_high"] + 1e-9).all()
+
+
+def test_interval_is_over_posts_not_samples():
+    """Posts on which all samples agree carry one fact each: the interval must be as wide as for 20 observations."""
+    rng = np.random.default_rng(0)
+    by_post = pd.DataFrame({"arm": "a", "seed": 0, "post": np.arange(20), "metric": "pass@1",
+                            "value": rng.integers(0, 2, 20).astype(float)})
+    row = scoring.summary_table(by_post, n_boot=1000, seed=0)[0].iloc[0]
+    assert row["ci_high"] - row["ci_low"] > 1.5 * by_post["value"].std() / math.sqrt(20) * 2 * 0.8
+
+
+def test_an_unusable_baseline_is_an_error_with_advice(run_dir):
+    path = run_dir / "evaluation" / "generations.parquet"
+    made = pd.read_parquet(path)
+    made.assign(text=made["text"].where(made["split"] == "test", "")).to_parquet(path)
+    with pytest.raises(ValueError, match="no pass mark can be set"):
+        score(run_dir)
+    made[made["split"] == "test"].to_parquet(path)
+    with pytest.raises(ValueError, match="no replies to validation posts"):
+        score(run_dir)
+
+
+def test_gold_judge_is_refused_outside_the_simulator(tmp_path):
+    with pytest.raises(ValueError, match="knows no other data"):
+        scoring.engagement_scorers(tmp_path, "gold", is_simulated=False)
+    with pytest.raises(ValueError, match="auto, gold or model"):
+        scoring.engagement_scorers(tmp_path, "golden", is_simulated=True)
+
+
+# ---- generation: same posts for all, resumable -----------------------------------------------------------------------
+
+
+@pytest.fixture()
+def full_run(run_dir, monkeypatch):
+    """`run_dir` with everything that the stage reads, and a policy that counts how often it is asked."""
+    shutil.rmtree(run_dir / "evaluation")
+    for name in ("reward", "judge"):
+        (run_dir / "reward_model" / name).mkdir(parents=True)
+    for arm in ("baseline", "grpo"):
+        folder = run_dir / "train" / arm / "seed0" / "adapter"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(arm)
+    (run_dir / "policy").mkdir()
+    (run_dir / "policy" / "policy.json").write_text('{"name": "nano", "sha256": "x", "quantization": "none"}')
+    calls = []
+
+    def fake_replies(model, tokenizer, tweets, n, temperature, top_p, max_new_tokens, batch_size, seed, label=""):
+        calls.append({"tweets": tuple(tweets), "n": n, "temperature": temperature, "seed": seed})
+        rng = np.random.default_rng(seed)
+        return pd.DataFrame([{"post": post, "sample": sample, "text": write(rng.random(), post, sample), "n_tokens": 4,
+                              "finish_reason": "stop"} for post in range(len(tweets)) for sample in range(n)])
+
+    monkeypatch.setattr(evaluation, "read_policy", lambda run_dir: "nowhere")
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: (None, None))
+    monkeypatch.setattr(evaluation, "load_adapted", lambda *_, **__: (None, None))
+    monkeypatch.setattr(evaluation, "generate_replies", fake_replies)
+    return run_dir, calls
+
+
+def test_every_arm_gets_the_same_posts_and_sampling(full_run):
+    run_dir, calls = full_run
+    evaluation.evaluation_stage(run_dir, n_boot=100)
+    assert len(calls) == 4  # baseline on validation; baseline, grpo and base on test
+    assert len({call["tweets"] for call in calls[1:]}) == 1 and len(calls[1]["tweets"]) == 16
+    assert len({(call["n"], call["temperature"], call["seed"]) for call in calls[1:]}) == 1
+    assert not set(calls[0]["tweets"]) & set(calls[1]["tweets"])
+    made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
+    assert made.groupby(["arm", "seed", "split", "post"]).size().eq(16).all()
+    assert json.loads((run_dir / "evaluation" / "manifest.json").read_text())["status"] == "completed"
+
+
+def test_a_killed_run_goes_on_with_the_next_arm_and_a_changed_adapter_is_new(full_run, monkeypatch):
+    run_dir, calls = full_run
+    original = evaluation.score_generations
+    monkeypatch.setattr(evaluation, "score_generations", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluation_stage(run_dir, n_boot=100)
+    assert json.loads((run_dir / "evaluation" / "manifest.json").read_text())["status"] == "failed"
+    shutil.rmtree(run_dir / "evaluation" / "figures", ignore_errors=True)
+    (run_dir / "train" / "grpo" / "seed0" / "adapter" / "weights").write_text("trained again")
+    monkeypatch.setattr(evaluation, "score_generations", original)
+    calls.clear()
+    evaluation.evaluation_stage(run_dir, n_boot=100)
+    assert len(calls) == 1  # grpo alone
+    assert not (run_dir / "evaluation" / "parts").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"arms": ["grpo"]}, "'baseline' must be among them"), ({"arms": ["baseline", "baseline"]}, "name each once"),
+    ({"seeds": []}, "one seed at least"), ({"arms": ["baseline", "base"]}, "include_base"), ({"n_samples": 10}, "16")])
+def test_stage_refuses(full_run, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluation_stage(full_run[0], **options)
+
+
+def test_missing_adapter_is_named(full_run):
+    with pytest.raises(FileNotFoundError, match="train/hybrid/seed0/adapter"):
+        evaluation.evaluation_stage(full_run[0], arms=["baseline", "hybrid"])
+
+
+def test_posts_need_two_replies():
+    pairs = pd.DataFrame({"conversation_id": ["a", "b"], "tweet": ["x", "y"], "reply": ["r", "s"], "split": "test"})
+    with pytest.raises(ValueError, match="no post in split 'test' has two replies"):
+        evaluation.posts_with_replies(pairs, "test")
+
+
+def test_stage_defaults_are_the_notebooks():
+    notebook = nbformat.read(REPO_ROOT / "nbs" / "09_evaluation.ipynb", 4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    names: dict = {}
+    exec(cell.source, names)  # our own literals
+    defaults = {name: p.default for name, p in inspect.signature(evaluation.evaluation_stage).parameters.items()
+                if p.kind is p.KEYWORD_ONLY}
+    assert {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()} == {
+        name: value for name, value in names.items() if not name.startswith("__") and name != "run_dir"}

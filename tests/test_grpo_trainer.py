@@ -1,0 +1,222 @@
+"""Advantages, losses, resuming and failures of the two training functions; the arms and the pilot's verdict."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from grpo_engage.base_models import ensure_policy
+from grpo_engage.core import file_sha256
+from grpo_engage.grpo_trainer import (
+    Objective,
+    RewardError,
+    group_advantage,
+    largest_divisor,
+    make_grpo_trainer,
+    train_grpo,
+    train_supervised,
+)
+from grpo_engage.hybrid import ARMS, pilot_verdict, train_stage, trainable_arm
+from grpo_engage.policy import load_policy, reply_nll
+from grpo_engage.simulator import simulate_pairs
+from grpo_engage.training_loop import tidy_log
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            raise Killed
+
+
+@pytest.fixture(scope="module")
+def base():
+    return ensure_policy("nano")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return simulate_pairs(30, seed=8)[["tweet", "reply"]]
+
+
+@pytest.fixture(scope="module")
+def baseline(base, pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baseline")
+    train_supervised(base, pairs, folder, max_steps=2, learning_rate=1e-3, batch_size=8)
+    return folder / "adapter"
+
+
+def brevity(tweets, replies):
+    return np.array([math.exp(-len(reply) / 40) for reply in replies])
+
+
+def adapter_bytes(folder):
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_group_advantage_by_brute_force():
+    rewards = np.random.default_rng(0).random((5, 4))
+    for group, advantages in zip(rewards.tolist(), group_advantage(rewards).tolist(), strict=True):
+        mean = sum(group) / 4
+        std = math.sqrt(sum((r - mean) ** 2 for r in group) / 3)
+        assert advantages == pytest.approx([(r - mean) / (std + 1e-4) for r in group])
+
+
+@pytest.mark.parametrize("bad", [[0.1, 0.2], [[0.1]], [[0.1, math.inf]]])
+def test_group_advantage_refuses(bad):
+    with pytest.raises(ValueError):
+        group_advantage(np.array(bad))
+
+
+@pytest.mark.parametrize("weights", [(0, 0, 0), (-1, 0, 0), (math.nan, 1, 0), (math.inf, 0, 0), (True, 0, 0),
+                                     ("1", 0, 0)])
+def test_objective_refuses(weights):
+    with pytest.raises(ValueError, match="Objective"):
+        Objective(*weights)
+
+
+def test_only_single_terms_train():
+    assert [trainable_arm(name)[1] for name in ("baseline", "grpo")] == ["supervised", "grpo"]
+    assert ARMS["grpo"].warm_start == "baseline" and ARMS["hybrid"].lam == 0.2 and ARMS["polychromic"].lam == 0.3
+    for name in ("polychromic", "hybrid"):
+        with pytest.raises(NotImplementedError, match=name):
+            trainable_arm(name)
+    with pytest.raises(ValueError, match="'rgpo'"):
+        trainable_arm("rgpo")
+
+
+def test_an_arm_of_a_later_version_leaves_nothing_behind(tmp_path):
+    with pytest.raises(NotImplementedError, match="hybrid"):
+        train_stage(tmp_path, arm="hybrid")
+    assert not list(tmp_path.iterdir())
+
+
+def test_supervised_loss_is_the_nll_of_replies_with_their_end(base, pairs, tmp_path):
+    """A fresh LoRA adapter changes nothing, so the first loss must be the base model's NLL: the same prompts, only
+    reply tokens, the end token among them, averaged over all tokens of a window with replies of unequal length."""
+    few = pairs.head(8)
+    log = train_supervised(base, few, tmp_path, max_steps=1, learning_rate=1e-3, batch_size=8, micro_batch_size=2)
+    table = reply_nll(*load_policy(base), few["tweet"].tolist(), few["reply"].tolist())
+    assert table["n_tokens"].nunique() > 1
+    assert log["loss"][0] == pytest.approx(table["nll"].sum() / table["n_tokens"].sum(), rel=1e-3)
+
+
+def test_supervised_training_fits_its_examples(base, pairs, tmp_path):
+    log = train_supervised(base, pairs.head(16), tmp_path, max_steps=15, learning_rate=2e-3, batch_size=16)
+    assert log["loss"].iloc[-1] < 0.8 * log["loss"].iloc[0]
+    with pytest.raises(ValueError, match="at least one reference"):
+        train_supervised(base, pairs.head(0), tmp_path, max_steps=1, learning_rate=1e-3)
+
+
+def test_grpo_uses_our_advantage_and_starts_at_the_warm_start(base, pairs, baseline, tmp_path):
+    trainer = make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, max_steps=2, learning_rate=5e-4,
+                                warm_start=baseline, posts_per_step=3, num_generations=4)
+    reference = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if ".ref." in name}
+    start = load_file(baseline / "adapter_model.safetensors")
+    name, weight = next(iter(start.items()))
+    assert torch.equal(reference["base_model.model." + name.removeprefix("base_model.model.").replace(
+        ".weight", ".ref.weight")], weight)
+    trainer.train()
+    assert all(torch.equal(p, reference[name]) for name, p in trainer.model.named_parameters() if name in reference)
+    rewards = np.array(trainer._logs["rewards"]["reward"]).reshape(-1, 4)
+    used = np.array(trainer._logs["advantages"]).reshape(-1, 4)
+    np.testing.assert_allclose(used, group_advantage(rewards), atol=2e-3)
+    log = tidy_log(trainer.state.log_history)
+    assert log["kl"][0] == pytest.approx(0, abs=1e-6) and log["kl"][1] > 0  # nats per reply, from the warm start
+    assert log["reward"].between(0, 1).all() and log["zero_variance_share"].between(0, 1).all()
+
+
+def test_grpo_raises_an_easy_reward(base, pairs, baseline, tmp_path):
+    log = train_grpo(base, pairs["tweet"], brevity, tmp_path, reward_id="brevity", warm_start=baseline, max_steps=16,
+                     learning_rate=1e-3, posts_per_step=4, num_generations=8, kl_weight=0.0)
+    assert pilot_verdict(log)["reward_rising"]["answer"] == "yes"
+    assert log["kl"].isna().all()  # no KL term, so none is logged: not a zero
+
+
+@pytest.mark.parametrize("kill_at", [1, 3, 4])
+def test_a_killed_grpo_run_ends_with_the_same_bytes(base, pairs, baseline, tmp_path, kill_at):
+    options = dict(reward_id="brevity", warm_start=baseline, max_steps=5, learning_rate=1e-3, posts_per_step=4,
+                   num_generations=4, micro_batch_size=8, save_steps=2)
+    train_grpo(base, pairs["tweet"], brevity, tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        train_grpo(base, pairs["tweet"], brevity, tmp_path / "cut", **options, callbacks=[KillAfter(kill_at)])
+    assert not (tmp_path / "cut" / "adapter").exists()
+    log = train_grpo(base, pairs["tweet"], brevity, tmp_path / "cut", **options)
+    assert log["step"].tolist() == [1, 2, 3, 4, 5]
+    assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")  # adapter, its config and the log
+
+
+def test_a_killed_supervised_run_ends_with_the_same_bytes(base, pairs, tmp_path):
+    options = dict(max_steps=5, learning_rate=1e-3, batch_size=8, micro_batch_size=4, save_steps=2)
+    train_supervised(base, pairs, tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        train_supervised(base, pairs, tmp_path / "cut", **options, callbacks=[KillAfter(3)])
+    train_supervised(base, pairs, tmp_path / "cut", **options)
+    assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")
+
+
+def test_a_checkpoint_of_other_settings_is_not_resumed(base, pairs, tmp_path):
+    options = dict(max_steps=3, batch_size=8, save_steps=1)
+    with pytest.raises(Killed):
+        train_supervised(base, pairs, tmp_path / "a", learning_rate=1e-2, **options, callbacks=[KillAfter(2)])
+    train_supervised(base, pairs, tmp_path / "a", learning_rate=1e-3, **options)
+    train_supervised(base, pairs, tmp_path / "b", learning_rate=1e-3, **options)
+    assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+
+
+def test_seeds_differ(base, pairs, tmp_path):
+    for seed in (0, 1):
+        train_supervised(base, pairs, tmp_path / str(seed), max_steps=1, learning_rate=1e-3, seed=seed)
+    assert adapter_bytes(tmp_path / "0") != adapter_bytes(tmp_path / "1")
+
+
+def test_a_reward_that_raises_names_post_and_completion(base, pairs, tmp_path):
+    seen = []
+
+    def picky(tweets, replies):
+        seen.extend(zip(tweets, replies, strict=True))
+        if seen[2] in zip(tweets, replies, strict=True):
+            raise ZeroDivisionError("no such thing")
+        return np.zeros(len(replies))
+
+    options = dict(reward_id="picky", max_steps=1, learning_rate=1e-3, posts_per_step=2, num_generations=2)
+    with pytest.raises(RewardError, match="no such thing") as caught:
+        train_grpo(base, pairs["tweet"], picky, tmp_path, **options)
+    assert repr(seen[2][0][:200]) in str(caught.value) and repr(seen[2][1][:200]) in str(caught.value)
+    with pytest.raises(RewardError, match="shape"):
+        train_grpo(base, pairs["tweet"], lambda tweets, replies: np.zeros(1), tmp_path, **options)
+
+
+def test_bad_sizes_are_refused(base, pairs, tmp_path):
+    options = dict(max_steps=1, learning_rate=1e-3)
+    with pytest.raises(ValueError, match="different posts"):
+        make_grpo_trainer(base, ["one", "one"], brevity, tmp_path, posts_per_step=2, **options)
+    with pytest.raises(ValueError, match="at least 2"):
+        make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, num_generations=1, **options)
+    with pytest.raises(ValueError, match="report_to"):
+        make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, report_to="wandb", **options)
+    assert [largest_divisor(64, 64), largest_divisor(64, 24), largest_divisor(7, 4)] == [64, 16, 1]
+
+
+def test_pilot_verdict_tells_apart():
+    rng = np.random.default_rng(1)
+    empty = {"loss": np.nan, "reward": np.nan}
+    rising = pd.DataFrame({"step": range(1, 41)} | empty).assign(reward=np.linspace(0, 1, 40) + rng.normal(0, 0.2, 40))
+    assert pilot_verdict(rising)["reward_rising"]["answer"] == "yes"
+    assert pilot_verdict(rising.head(4))["reward_rising"]["answer"] == "too few steps to tell"
+    falling = pd.DataFrame({"step": range(1, 13)} | empty).assign(loss=np.linspace(2, 1, 12))
+    verdict = pilot_verdict(falling)
+    assert verdict["loss_falling"]["slope_per_step"] == pytest.approx(-1 / 11)
+    assert verdict["text"].startswith("Is the loss falling? Yes")
+    wrong = pilot_verdict(falling.assign(loss=-falling["loss"]))
+    assert wrong["loss_falling"]["answer"] == "no, it moves the wrong way"

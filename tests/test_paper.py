@@ -1,0 +1,283 @@
+"""The paper stage on a made-up run: what it writes, what it refuses, and that both engines really set it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import typst
+
+from grpo_engage import exhibits, paper, results
+from grpo_engage.core import read_json, write_csv, write_json, write_parquet
+from grpo_engage.pdf import HOW_TO_GET_LATEX, build_pdf, latex_obstacle, undefined_macros
+
+SOURCE = Path(__file__).parents[1] / "paper" / "main.tex"
+NASTY = r"a_run $ \input{x} % # & ^ ~ { } <script> 😀"
+
+
+def manifest(stage: str, **more) -> dict:
+    return {"stage": stage, "status": "completed", "parameters": {"seed": 0, "top_p": 1.0},
+            "git": {"commit": "0123456789abcdef", "dirty": True}, "versions": {"python": "3.11.7", "torch": "2.13.0"},
+            "hardware": {"machine": "x86_64", "system": "Linux", "cpu_count": 2, "gpus": []},
+            "wall_seconds": 12.5, "cost_usd": 0.0} | more
+
+
+def make_run(run_dir: Path, arms=("baseline", "grpo"), seeds=(0,), policy="nano", source="simulator") -> Path:
+    """A run folder with the files that the paper stage reads, in the formats of the stages that write them."""
+    rng = np.random.default_rng(0)
+    pairs = pd.DataFrame({"conversation_id": np.repeat([f"c{i}" for i in range(50)], 4), "source": source,
+                          "split": np.repeat(["policy", "reward", "judge", "validation", "test"], 40),
+                          "reply_likes": rng.negative_binomial(0.3, 0.2, 200).astype(float)})
+    write_parquet(run_dir / "data" / "pairs.parquet", pairs)
+    write_csv(run_dir / "data" / "rejected.csv", pd.DataFrame({"row": [7], "reason": ["empty"], "excerpt": ["x"]}))
+    write_csv(run_dir / "data" / "margins.csv", pd.DataFrame(
+        [{"dataset": "simulator", "quantity": quantity, "n": 200, "share_null": 0.0, "share_zero": 0.7, "median": 0.0,
+          "p90": 2.0, "p99": 9.0, "max": 50.0} for quantity in ("reply_likes", "reply_retweets")]))
+    for stage in ("heuristic_reward", "reward_model"):
+        write_json(run_dir / stage / "validation.json", VALIDATION[stage])
+    write_json(run_dir / "policy" / "policy.json", {"name": policy, "n_parameters": 1_100_000, "dtype": "float32",
+                                                    "sha256": "ab" * 32,
+                                                    "provenance": {"source": NASTY, "weights": "4-bit, dequantised"}})
+    for stage in ("data", "heuristic_reward", "reward_model", "policy", "evaluation"):
+        write_json(run_dir / stage / "manifest.json", manifest(stage, counts={"exploits": 30, "exploits_refused": 29}))
+    metrics, curves = [], []
+    for place, arm in enumerate(("base", *arms)):
+        for seed in seeds if arm != "base" else seeds[:1]:
+            for metric in ("pass@1", "pass@5", "pass@10", "self_bleu", "distinct_2", "rouge_l", "judge_engagement",
+                           "reward_engagement", "gold_appeal", "length"):
+                value = np.nan if metric == "gold_appeal" and source != "simulator" else 0.4 + place / 10 + seed / 100
+                metrics.append((arm, seed, metric, value, value - 0.1, value + 0.1, 16))
+        curves += [(arm, k, k / 20, k / 20 - 0.05, k / 20 + 0.05, 16, len(seeds)) for k in range(1, 17)]
+    evaluation = run_dir / "evaluation"
+    write_csv(evaluation / "metrics.csv", pd.DataFrame(
+        metrics, columns=["arm", "seed", "metric", "value", "ci_low", "ci_high", "n"]))
+    write_csv(evaluation / "curves.csv", pd.DataFrame(
+        curves, columns=["arm", "k", "value", "ci_low", "ci_high", "n", "n_seeds"]))
+    write_csv(evaluation / "comparisons.csv", pd.DataFrame(
+        [(arm, "baseline", metric, -0.02, -0.1, 0.06, 0.4, 0.8 if metric != "length" else np.nan, 16)
+         for arm in ("base", *arms[1:]) for metric in ("pass@10", "self_bleu", "length")],
+        columns=["arm", "versus", "metric", "difference", "ci_low", "ci_high", "p_value", "p_holm", "n"]))
+    write_json(evaluation / "pass.json", {"tau": 0.7312, "validation_pass_at_10": 0.61, "warnings": [],
+                                          "judge": "gold" if source == "simulator" else "model"})
+    for arm in arms:
+        for seed in seeds:
+            folder = run_dir / "train" / arm / f"seed{seed}"
+            steps = np.arange(1, 9)
+            write_csv(folder / "train_log.csv", pd.DataFrame(
+                {"step": steps, "loss": 3 / steps, "reward": np.nan if arm == "baseline" else steps / 10}))
+            write_json(folder / "verdict.json", {
+                "loss_falling": {"answer": "yes" if arm == "baseline" else NOT_ASKED},
+                "reward_rising": {"answer": NOT_ASKED if arm == "baseline" else "not visibly"}})
+            write_json(folder / "manifest.json", manifest("train", wall_seconds=36.0, parameters=TRAINING))
+    return run_dir
+
+
+INTERVAL = {"estimate": 0.55, "ci_low": 0.5, "ci_high": 0.6, "n": 90}
+VALIDATION = {
+    "heuristic_reward": {"n_pairs": 90, "reason": None, "heuristic": INTERVAL, "length": INTERVAL},
+    "reward_model": {
+        "n_pairs": {"all": 120, "clear": 90, "residual": 100}, "agreement": {"spearman_within_posts": INTERVAL},
+        "accuracy": {name: {kind: INTERVAL for kind in ("all", "clear", "residual")}
+                     for name in ("reward", "judge", "heuristic", "length", "tfidf_ridge", "metadata")}},
+}
+TRAINING = {"max_steps": 8, "batch_size": 16, "learning_rate_supervised": 1e-3, "learning_rate_policy": 5e-4,
+            "posts_per_step": 4, "num_generations": 4, "reward": "combined", "kl_weight": 0.02, "loss_type": "dapo"}
+NOT_ASKED = "not asked of this arm"
+
+
+def stage(run_dir: Path, **changes) -> dict:
+    settings = {"arms": ["baseline", "grpo"], "seeds": [0], "preset": "smoke", "title": "A & B: 100% of $x_1$",
+                "engine": "typst", "usd_per_hour": 2.0} | changes
+    return paper.paper_stage(run_dir, **settings)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Path:
+    run_dir = make_run(tmp_path_factory.mktemp("runs") / "smoke")
+    stage(run_dir)
+    return run_dir
+
+
+def read_macros(run_dir: Path) -> dict[str, str]:
+    text = (run_dir / "paper" / "macros.tex").read_text()
+    return dict(re.findall(r"^\\newcommand\{\\([A-Za-z]+)\}\{(.*)\}$", text, re.M))
+
+
+def banner_pages(folder: Path) -> list[int]:
+    """The pages on which the warning stands, asked of typst itself."""
+    question = folder / "question.typ"
+    question.write_text((folder / "main.typ").read_text() +
+                        "\n#context [#metadata(query(<banner>).map(it => it.location().page())) <pages>]")
+    answer = typst.query(str(question), "<pages>", field="value", one=True, ignore_system_fonts=True)
+    question.unlink()
+    return json.loads(answer)
+
+
+def test_everything_is_there(smoke):
+    folder = smoke / "paper"
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    figures = {f"figures/{name}.{kind}" for name in ("data_margins", "training_curves", "pass_at_k")
+               for kind in ("pdf", "png")}
+    tables = {f"tables/{name}.tex" for name in ("results", "comparisons", "data", "rewards", "provenance")}
+    assert figures | tables | {"macros.tex", "main.tex", "main.pdf", "manifest.json", "references.bib"} <= names
+    facts = read_json(folder / "manifest.json")
+    assert facts["status"] == "completed" and facts["smoke"] is True and facts["pdf"]["engine"] == "typst"
+
+
+def test_numbers_are_the_runs(smoke):
+    macros = read_macros(smoke)
+    metrics = pd.read_csv(smoke / "evaluation" / "metrics.csv").set_index(["arm", "metric"])
+    assert float(macros["PassTenGrpo"]) == pytest.approx(metrics.loc[("grpo", "pass@10"), "value"], abs=5e-4)
+    assert float(macros["PassTenGrpoLow"]) == pytest.approx(metrics.loc[("grpo", "pass@10"), "ci_low"], abs=5e-4)
+    assert macros["PassThreshold"] == "0.731" and macros["NumReplies"] == "200" and macros["NumRejected"] == "1"
+    likes = pd.read_parquet(smoke / "data" / "pairs.parquet")["reply_likes"]
+    assert macros["ShareZeroLikes"] == f"{100 * np.mean(likes == 0):.1f}\\%"
+    # 36 s at 2 dollars an hour, beside the metrics in the one table
+    results = (smoke / "paper" / "tables" / "results.tex").read_text()
+    assert macros["TrainCostGrpo"] == "0.0200" and "0.0200" in results and "36.0" in results
+    assert "0.60 {[}0.50, 0.70{]}" in results
+
+
+def test_no_result_is_typed_into_the_source(smoke):
+    body = SOURCE.read_text().split(r"\begin{document}")[1]
+    prose = re.sub(r"(?s)\\begin\{equation\}.*?\\end\{equation\}|\$[^$]*\$", " ", body)
+    prose = re.sub(r"\[width=[\d.]+\\linewidth\]|\\(ref|eqref|label|input|citep?|citet)\{[^}]*\}", " ", prose)
+    prose = re.sub(r"Pass@10|distinct-2|%.*", " ", prose)  # two names of metrics
+    assert re.findall(r"\d+(?:\.\d+)?", prose) == []
+    assert undefined_macros(SOURCE.read_text(), (smoke / "paper" / "macros.tex").read_text()) == []
+
+
+def test_smoke_says_so_on_its_first_page(smoke):
+    assert banner_pages(smoke / "paper") == [1]
+    assert "SMOKE RUN" in (smoke / "paper" / "main.typ").read_text()
+
+
+def test_other_runs_have_no_banner_and_say_what_their_seeds_support(tmp_path):
+    run_dir = make_run(tmp_path / "real", seeds=(0, 1, 2), policy="smollm2-135m", source="file")
+    stage(run_dir, seeds=[0, 1, 2], preset="pheme-cpu")
+    text = (run_dir / "paper" / "main.typ").read_text()
+    assert "SMOKE" not in text and "may be read as evidence" in text.replace("\n", " ")
+    macros = read_macros(run_dir)
+    assert macros["NumSeeds"] == "3 training seeds" and macros["RunBanner"] == ""
+    assert "GoldAppealGrpo" not in macros  # NaN: not computable on real data, so it cannot be quoted
+    assert "Appeal" not in (run_dir / "paper" / "tables" / "results.tex").read_text()
+    make_run(tmp_path / "few", seeds=(0, 1), policy="smollm2-135m")
+    stage(tmp_path / "few", seeds=[0, 1], preset="pheme-cpu")
+    assert "supports no claim" in read_macros(tmp_path / "few")["ClaimStatement"]
+
+
+def test_same_run_same_bytes(smoke, tmp_path):
+    copy = tmp_path / "smoke"
+    shutil.copytree(smoke, copy)
+    stage(copy)
+    for path in (smoke / "paper").rglob("*"):
+        if path.is_file() and path.name != "manifest.json":
+            assert (copy / path.relative_to(smoke)).read_bytes() == path.read_bytes(), path.name
+
+
+def test_strangers_text_stays_text(tmp_path):
+    run_dir = make_run(tmp_path / "it's 100% $x_1$ & #1")
+    stage(run_dir)
+    typ = (run_dir / "paper" / "main.typ").read_text()
+    assert r"\\input{x}" in typ and "U+1F600" in typ
+
+
+def test_what_is_missing_is_named(tmp_path):
+    run_dir = make_run(tmp_path / "smoke")
+    (run_dir / "data" / "margins.csv").unlink()
+    (run_dir / "train" / "grpo" / "seed0" / "train_log.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"data/margins.csv, train/grpo/seed0/train_log.csv"):
+        stage(run_dir)
+    assert read_json(run_dir / "paper" / "manifest.json")["status"] == "failed"
+
+
+def test_an_unfinished_stage_makes_no_paper(tmp_path):
+    run_dir = make_run(tmp_path / "smoke")
+    write_json(run_dir / "train" / "grpo" / "seed0" / "manifest.json", manifest("train", status="running"))
+    with pytest.raises(ValueError, match=r"train/grpo/seed0 \(running\)"):
+        stage(run_dir)
+
+
+def test_an_arm_that_was_not_evaluated_makes_no_paper(tmp_path):
+    run_dir = make_run(tmp_path / "smoke")
+    path = run_dir / "evaluation" / "metrics.csv"
+    write_csv(path, pd.read_csv(path).query("arm != 'grpo'"))
+    with pytest.raises(ValueError, match="lacks grpo seed 0"):
+        stage(run_dir)
+
+
+def test_an_undefined_macro_is_an_error_in_every_engine(smoke, tmp_path):
+    folder = tmp_path / "paper"
+    shutil.copytree(smoke / "paper", folder)
+    (folder / "main.tex").write_text((folder / "main.tex").read_text().replace(r"\RunName", r"\RunNome"))
+    for engine in ("auto", "typst", "latexmk"):
+        with pytest.raises(ValueError, match=r"quotes \\RunNome"):
+            build_pdf(folder, engine)
+
+
+def test_without_tex_it_says_how_to_get_it(smoke, tmp_path, monkeypatch):
+    folder = tmp_path / "paper"
+    shutil.copytree(smoke / "paper", folder)
+    monkeypatch.setenv("PATH", str(tmp_path))  # nothing is installed there
+    built = build_pdf(folder, "auto")
+    assert built["engine"] == "typst" and HOW_TO_GET_LATEX in built["note"]
+    with pytest.raises(RuntimeError, match="apt-get install"):
+        build_pdf(folder, "latexmk")
+
+
+@pytest.mark.skipif(latex_obstacle(SOURCE.read_text()) is not None, reason="TeX is not installed on this machine")
+class TestLatex:
+    def test_it_is_set_by_latex(self, smoke, tmp_path):
+        run_dir = make_run(tmp_path / "it's 100% $x_1$ & #1")
+        built = stage(run_dir, engine="auto")
+        assert built["engine"] == "latexmk"
+        assert (run_dir / "paper" / "main.pdf").read_bytes().startswith(b"%PDF")
+        assert not list((run_dir / "paper").glob("*.aux"))
+        first = (run_dir / "paper" / "main.pdf").read_bytes()
+        build_pdf(run_dir / "paper", "latexmk")
+        assert (run_dir / "paper" / "main.pdf").read_bytes() == first
+
+    def test_an_error_names_the_line_and_leaves_the_log(self, smoke, tmp_path):
+        folder = tmp_path / "paper"
+        shutil.copytree(smoke / "paper", folder)
+        (folder / "main.tex").write_text((folder / "main.tex").read_text().replace(r"\maketitle", r"\maketitel"))
+        with pytest.raises(RuntimeError, match=r"(?s)Undefined control sequence.*maketitel"):
+            build_pdf(folder, "latexmk")
+        assert (folder / "main.log").exists()
+
+
+def test_pooling_over_seeds_against_the_definition():
+    rng = np.random.default_rng(1)
+    values = rng.random(5)
+    frame = pd.DataFrame({"arm": "a", "seed": range(5), "metric": "m", "value": values, "ci_low": values - 0.1,
+                          "ci_high": values + 0.2, "n": 9})
+    row = results.pool_seeds(frame).iloc[0]
+    half = 2.7764451051977987 * values.std(ddof=1) / np.sqrt(5)  # Student's t, 4 degrees of freedom, from a table
+    assert row["value"] == pytest.approx(values.mean())
+    assert row["value"] - row["ci_low"] == pytest.approx(np.sqrt(0.1**2 + half**2))
+    assert row["ci_high"] - row["value"] == pytest.approx(np.sqrt(0.2**2 + half**2))
+
+
+def test_many_arms_become_rows(tmp_path):
+    arms = ["baseline", "grpo", "hybrid", "polychromic", "matched"]
+    run_dir = make_run(tmp_path / "wide", arms=arms)
+    text = exhibits.results_table(results.load_run(run_dir, arms, [0]), 0.0)
+    assert text.splitlines()[0].count("r") >= 10 and "\nmatched &" in text
+
+
+def test_two_numbers_never_share_a_name(tmp_path):
+    arms = ["baseline", "a-b", "a_b"]
+    run = results.load_run(make_run(tmp_path / "same", arms=arms), arms, [0])
+    with pytest.raises(ValueError, match="two numbers would be called PassOneAB"):
+        paper.metric_macros(run)
+
+
+def test_paths_of_the_machine_stay_out(tmp_path):
+    run_dir = make_run(tmp_path / "smoke")
+    facts = {"seed": 0, "data_path": "/home/somebody/posts.jsonl", "n_conversations": 50}
+    write_json(run_dir / "data" / "manifest.json", manifest("data", parameters=facts))
+    macros = paper.parameter_macros(results.load_run(run_dir, ["baseline", "grpo"], [0]))
+    assert macros["ParamDataNConversations"] == "50" and "somebody" not in str(macros)

@@ -1,0 +1,103 @@
+"""The repository itself: modules are what the notebooks export, notebooks are clean, every module stands alone."""
+
+import filecmp
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from grpo_engage.core import REPO_ROOT
+from grpo_engage.parameters import STAGES, load_preset, notebook_of, read_parameters, resolve_config
+from grpo_engage.runner import stale_modules
+
+NOTEBOOKS = sorted((REPO_ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(path.stem for path in (REPO_ROOT / "grpo_engage").glob("*.py") if not path.stem.startswith("_"))
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for name in ("nbs", "grpo_engage"):
+        shutil.copytree(REPO_ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for name in ("settings.ini", "setup.py", "README.md"):
+        shutil.copy(REPO_ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_modules_are_what_the_notebooks_export(checkout):
+    before = {path.name: path.read_bytes() for path in (checkout / "grpo_engage").glob("*.py")}
+    for path in (checkout / "grpo_engage").glob("*.py"):
+        if path.name != "__init__.py":
+            path.unlink()
+    subprocess.run([BIN / "nbdev_export"], cwd=checkout, check=True, capture_output=True)
+    after = {path.name: path.read_bytes() for path in (checkout / "grpo_engage").glob("*.py")}
+    assert sorted(after) == sorted(before)
+    assert [name for name in before if before[name] != after[name]] == []
+
+
+def test_a_changed_cell_is_seen(checkout):
+    assert stale_modules(checkout) == []
+    path = checkout / "grpo_engage" / "core.py"
+    path.write_text(path.read_text().replace("every_seconds: float = 30.0", "every_seconds: float = 60.0"))
+    assert len(stale_modules(checkout)) == 1
+
+
+def test_notebooks_are_clean(checkout):
+    subprocess.run([BIN / "nbdev_clean"], cwd=checkout, check=True, capture_output=True)
+    assert filecmp.cmpfiles(REPO_ROOT / "nbs", checkout / "nbs", [p.name for p in NOTEBOOKS], shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_without_outputs_on_the_common_kernel(path):
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    assert all(not cell["outputs"] and cell["execution_count"] is None
+               for cell in notebook["cells"] if cell["cell_type"] == "code")
+    assert not any("eval: false" in "".join(cell["source"]) for cell in notebook["cells"])
+
+
+@pytest.mark.parametrize("name", [*MODULES, "__main__"])
+def test_module_imports_alone(name):
+    program = f"import grpo_engage.{name}, sys; assert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_is_of_a_readable_size(name):
+    assert len((REPO_ROOT / "grpo_engage" / f"{name}.py").read_text().splitlines()) <= 320
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage_function_takes_what_its_notebook_declares(stage):
+    module = import_module("grpo_engage." + STAGES[stage].split("_", 1)[1])
+    function = getattr(module, f"{stage}_stage")
+    taken = {name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert taken == read_parameters(notebook_of(stage)).keys() - {"run_dir"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_papermill_documents_every_parameter(stage):
+    done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(notebook_of(stage))],
+                          capture_output=True, text=True, check=True)
+    for name in read_parameters(notebook_of(stage)):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in (REPO_ROOT / "configs").glob("*.yaml")))
+def test_preset_is_valid(preset):
+    from grpo_engage.hybrid import ARMS
+
+    config = resolve_config(load_preset(preset), arms_known=list(ARMS))
+    assert set(config["stages"]) == set(STAGES)
+
+
+def test_license_and_readme_show_the_two_commands():
+    readme = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make paper" in readme and "make test" in readme
+    assert "Apache License" in (REPO_ROOT / "LICENSE").read_text(encoding="utf-8")

