@@ -10,6 +10,8 @@ PRESET ?= smoke
 # extra arguments for the runner, for example ARGS="-p seed=3"
 ARGS ?=
 export PYTHONDONTWRITEBYTECODE := 1
+# OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help paper run list lab test export clean-notebooks install clean
 

@@ -9,6 +9,7 @@ and checkpoints are not declared at all: the first two must survive to tell why,
 import sys
 from pathlib import Path
 
+from grpo_engage.objective import ARMS
 from grpo_engage.parameters import STAGES
 from grpo_engage.runner import job_parameters
 
@@ -18,8 +19,6 @@ NUMBERS = {"data": ["01", "02"], "heuristic_reward": ["03"], "reward_model": ["0
            "train": ["06", "07"], "evaluation": ["08", "09"], "paper": ["10"]}
 SOURCE = [config["stages"]["data"]["data_path"]] if config["stages"]["data"]["source"] == "file" else []
 JOB = f"exec {sys.executable} -m grpo_engage job"
-# An arm that starts from another arm of the same seed.
-WARM_START = {"grpo": "baseline"}
 
 
 def notebooks(stage):
@@ -102,8 +101,8 @@ rule policy:
 
 
 def warm_start(wildcards):
-    origin = WARM_START.get(wildcards.arm)
-    return [f"train/{origin}/seed{wildcards.seed}/adapter/adapter_model.safetensors"] if origin else []
+    origin = ARMS[wildcards.arm].warm_start
+    return [] if origin == "base" else [f"train/{origin}/seed{wildcards.seed}/adapter/adapter_model.safetensors"]
 
 
 rule train:
@@ -164,8 +163,11 @@ rule paper:
         "evaluation/comparisons.csv",
         "evaluation/curves.csv",
         "evaluation/pass.json",
+        expand("train/{arm}/seed{seed}/verdict.json", arm=config["arms"], seed=config["seeds"]),
+        "policy/policy.json",
         notebooks("paper"),
         str(Path(workflow.basedir) / "paper" / "main.tex"),
+        str(Path(workflow.basedir) / "paper" / "references.bib"),
     output:
         "paper/macros.tex",
         "paper/main.pdf",

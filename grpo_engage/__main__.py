@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import REPO_ROOT, read_json, say, write_json
-from .hybrid import ARMS
+from .objective import ARMS, trainable_arm
 from .parameters import GRAPH_PARAMETERS, STAGES, load_preset, notebook_of, read_parameters, resolve_config
 from .runner import end_with, run_stage, stage_folder
 
@@ -63,7 +63,9 @@ def snakemake(run_dir: Path, targets: Sequence[str], lock: int, *, only: str = "
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO_ROOT / "Snakefile"), "--nocolor",
                "--directory", str(run_dir), "--configfile", str(run_dir / "config.json"), "--cores", "all"]
-    environment = os.environ | {"GRPO_ENGAGE_PARENT": f"{os.uname().nodename}:{os.getpid()}"}
+    # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {
+        "GRPO_ENGAGE_PARENT": f"{os.uname().nodename}:{os.getpid()}"}
     with open(run_dir / "snakemake.log", "a", encoding="utf-8") as log:
         def call(*arguments: str, output=None) -> int:
             return subprocess.run([*command, *arguments], stdout=output, stderr=log, stdin=subprocess.DEVNULL,
@@ -120,6 +122,10 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
             raise ValueError(f"--data {args.data}: there is no such file")
         overrides = ["data.source=file", f"data.data_path={path}", *overrides]
     config = resolve_config(load_preset(args.preset), overrides, list(ARMS)) | {"preset": args.preset}
+    for arm in config["arms"]:
+        trainable_arm(arm)
+        if (origin := ARMS[arm].warm_start) not in ("base", *config["arms"]):
+            raise ValueError(f"arm {arm!r} starts from arm {origin!r} of the same seed: add {origin!r} to arms")
     if config["stages"]["data"]["source"] == "file" and not config["stages"]["data"]["data_path"]:
         raise ValueError(f"preset {args.preset!r} reads a file: give it with --data PATH (DATA=PATH for make)")
     return run_folder(args.run or args.preset), config
@@ -275,9 +281,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.function(args)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2 if isinstance(error, (ValueError, NotImplementedError)) else 1
 
 # %% ../nbs/13_cli.ipynb #c020
 # A notebook's cells run in a module that is called __main__ too, but has no file.

@@ -43,8 +43,9 @@ def covariates(pairs: pd.DataFrame) -> pd.DataFrame:
         return np.log1p(np.clip(pairs[column].to_numpy(dtype=float, na_value=np.nan), 0, None))
 
     meta = pairs["meta"] if "meta" in pairs else [None] * len(pairs)
-    return pd.DataFrame({"log_followers": log1p("reply_author_followers"), "log_delay": log1p("reply_time_diff_seconds"),
-                         "broadcast": _broadcast(meta), "log_post_likes": log1p("tweet_likes")}, index=pairs.index)
+    return pd.DataFrame({"log_followers": log1p("reply_author_followers"),
+                         "log_delay": log1p("reply_time_diff_seconds"), "broadcast": _broadcast(meta),
+                         "log_post_likes": log1p("tweet_likes")}, index=pairs.index)
 
 
 def design_matrix(values: pd.DataFrame, fit_rows: np.ndarray) -> tuple[pd.DataFrame, list[str]]:
@@ -62,7 +63,7 @@ def design_matrix(values: pd.DataFrame, fit_rows: np.ndarray) -> tuple[pd.DataFr
             continue
         missing = ~np.isfinite(column)
         if missing[fit_rows].any():
-            notes.append(f"{name}: unknown in {int(missing.sum())} of {len(column)} rows, set to the median and flagged")
+            notes.append(f"{name}: unknown in {int(missing.sum())} of {len(column)} rows, set to the median, flagged")
         columns[name] = np.clip(np.where(missing, np.median(known), column), known.min(), known.max())
         columns[f"{name}_unknown"] = missing.astype(float)
     kept = {"constant": np.ones(len(values))}
@@ -101,8 +102,8 @@ def _negative_binomial(counts: np.ndarray, regressors: pd.DataFrame) -> tuple[np
     values = np.asarray(model.params, dtype=float)
     if not (model.converged and np.isfinite(values).all()):
         raise RuntimeError(f"the negative-binomial regression of engagement converged neither by maximum likelihood "
-                           f"({reason}) nor with a moment estimate of its dispersion ({alpha:.3g}); look for covariates "
-                           f"of extreme size among {list(regressors.columns)}")
+                           f"({reason}) nor with a moment estimate of its dispersion ({alpha:.3g}); look for "
+                           f"covariates of extreme size among {list(regressors.columns)}")
     return values, alpha, f"GLM with moment dispersion (maximum likelihood failed: {reason})"
 
 
@@ -120,8 +121,8 @@ def expected_engagement(pairs: pd.DataFrame, fit_rows: Sequence[bool],
     counts = engagement(pairs, retweet_weight)
     rows = rows & np.isfinite(counts)
     if rows.sum() < 2 or np.ptp(counts[rows]) == 0:
-        raise ValueError(f"engagement has no two distinct values in the {int(rows.sum())} rows with known likes that are "
-                         "fitted; a reward cannot be learned from it (column reply_likes)")
+        raise ValueError(f"engagement has no two distinct values in the {int(rows.sum())} rows with known likes that "
+                         "are fitted; a reward cannot be learned from it (column reply_likes)")
     regressors, notes = design_matrix(covariates(pairs), rows)
     coefficients, alpha, method = _negative_binomial(counts[rows], regressors[rows])
     expected = np.exp(regressors.to_numpy() @ coefficients)
@@ -157,5 +158,6 @@ def choose_references(labels: pd.DataFrame, quantile: float = 0.5) -> np.ndarray
         raise ValueError(f"labels lack the columns {sorted(absent)}")
     blocked = labels["blocked"].to_numpy(dtype=bool) if "blocked" in labels else np.zeros(len(labels), dtype=bool)
     residual = labels["residual"].where(~blocked)
-    threshold = residual.groupby(labels["conversation_id"]).transform(lambda group: group.quantile(quantile))
+    threshold = residual.groupby(labels["conversation_id"]).transform(
+        lambda group: group.quantile(quantile, interpolation="higher"))  # a value that occurs: no rounding between ties
     return (residual >= threshold).to_numpy() & (labels["engagement"] > 0).to_numpy()

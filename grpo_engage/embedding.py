@@ -29,7 +29,7 @@ _MAX_CHARACTERS = 10_000
 def minilm_folder() -> Path:
     """The installed folder of all-MiniLM-L6-v2, its weights checked by SHA-256.
 
-    Raises: ModuleNotFoundError when the package is not installed, ValueError when the weights are not the official ones.
+    Raises: ModuleNotFoundError when the package is not installed, ValueError when the weights are not the official.
     """
     spec = find_spec(MINILM_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -120,8 +120,8 @@ class MiniLMBackbone:
 
     def restore(self, settings: dict, tensors: dict[str, np.ndarray]) -> "MiniLMBackbone":
         if settings.get("weights_sha256") != MINILM_SHA256:
-            raise ValueError(f"the model was trained on an embedder with SHA-256 {settings.get('weights_sha256')}, this "
-                             f"package has {MINILM_SHA256}: train it again")
+            raise ValueError(f"the model was trained on an embedder with SHA-256 {settings.get('weights_sha256')}, "
+                             f"this package has {MINILM_SHA256}: train it again")
         return self
 
 # %% ../nbs/04a_embedding.ipynb #c019

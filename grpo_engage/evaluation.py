@@ -8,6 +8,7 @@ __all__ = ['posts_with_replies', 'choose_posts', 'generate_part', 'score_generat
 
 # %% ../nbs/09_evaluation.ipynb #c003
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -144,8 +145,9 @@ def plot_pass_curves(curves: pd.DataFrame, tau: float) -> Figure:
     """Pass@k against k for each arm, with 95% bands over conversations (training seeds averaged)."""
     figure = Figure(figsize=(4.6, 3.2))
     axes = figure.subplots()
-    for arm, group in curves.groupby("arm", sort=True):
-        axes.plot(group["k"], group["value"], label=arm, color=ARM_COLOURS.get(arm), marker="o", markersize=3)
+    for (arm, group), marker in zip(curves.groupby("arm", sort=True), itertools.cycle("osD^vP")):
+        axes.plot(group["k"], group["value"], label=arm, color=ARM_COLOURS.get(arm), marker=marker, markersize=4,
+                  markerfacecolor="none")  # hollow: arms that coincide can both be seen
         axes.fill_between(group["k"], group["ci_low"], group["ci_high"], color=ARM_COLOURS.get(arm), alpha=0.15, lw=0)
     axes.set(xlabel="replies drawn, k", ylabel=f"Pass@k (pass mark {tau:.2f})", ylim=(0, 1), xscale="log")
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= curves["k"].max()]
@@ -161,13 +163,13 @@ def plot_quality_diversity(metrics: pd.DataFrame) -> Figure:
     wide = metrics.pivot(index=["arm", "seed"], columns="metric", values=["value", "ci_low", "ci_high"])
     figure = Figure(figsize=(4.6, 3.2))
     axes = figure.subplots()
-    for arm, group in wide.groupby("arm", sort=True):
+    for (arm, group), marker in zip(wide.groupby("arm", sort=True), itertools.cycle("osD^vP")):
         x, y = 1 - group["value", "self_bleu"], group["value", "judge_engagement"]
         # 1 - x swaps the ends of the interval.
         x_error = [x - (1 - group["ci_high", "self_bleu"]), (1 - group["ci_low", "self_bleu"]) - x]
         y_error = [y - group["ci_low", "judge_engagement"], group["ci_high", "judge_engagement"] - y]
-        axes.errorbar(x, y, xerr=np.clip(x_error, 0, None), yerr=np.clip(y_error, 0, None), fmt="o", label=arm,
-                      color=ARM_COLOURS.get(arm), elinewidth=1, markersize=5)
+        axes.errorbar(x, y, xerr=np.clip(x_error, 0, None), yerr=np.clip(y_error, 0, None), fmt=marker, label=arm,
+                      color=ARM_COLOURS.get(arm), elinewidth=1, markersize=6, markerfacecolor="none")
     axes.axhline(0.5, color="0.7", lw=0.8, zorder=0)  # an average real reply
     axes.set(xlabel="diversity within a post, 1 - Self-BLEU", ylabel="P(beats a real reply), by the judge")
     axes.legend()
@@ -176,7 +178,7 @@ def plot_quality_diversity(metrics: pd.DataFrame) -> Figure:
 
 # %% ../nbs/09_evaluation.ipynb #c019
 def evaluation_stage(run_dir: Path, *, arms: Sequence[str] = ("baseline", "grpo"), seeds: Sequence[int] = (0,),
-                     include_base: bool = True, n_test_posts: int = 16, n_validation_posts: int = 16,
+                     include_base: bool = True, n_test_posts: int = 8, n_validation_posts: int = 8,
                      n_samples: int = 16, temperature: float = 1.0, top_p: float = 1.0, max_new_tokens: int = 28,
                      batch_size: int = 128, target_pass_at_10: float = 0.6, judge: str = "auto", n_boot: int = 2000,
                      seed: int = 0) -> pd.DataFrame:

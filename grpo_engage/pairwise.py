@@ -41,8 +41,8 @@ def training_pairs(conversations: Sequence, labels: pd.DataFrame, min_gap: float
         better, worse = np.where(ahead, first, second), np.where(ahead, second, first)
         gap = residual[better] - residual[worse]
         used = (gap >= min_gap) & (count[better] > count[worse])
-        found.append(pd.DataFrame({"better": better[used], "worse": worse[used], "weight": np.minimum(gap[used], 2) / size,
-                                   "conversation": codes[members[0]]}))
+        found.append(pd.DataFrame({"better": better[used], "worse": worse[used],
+                                   "weight": np.minimum(gap[used], 2) / size, "conversation": codes[members[0]]}))
     if not found:
         return pd.DataFrame({"better": [], "worse": [], "weight": [], "conversation": []})
     return pd.concat(found, ignore_index=True)
@@ -73,13 +73,15 @@ def build_network(n_features: int, hidden_size: int, dropout: float) -> nn.Seque
 
 def bradley_terry_loss(scores: torch.Tensor, better: np.ndarray, worse: np.ndarray, weight: np.ndarray) -> torch.Tensor:
     """Weighted mean of -log sigmoid(score[better] - score[worse]) over pairs of positions in `scores` (n,)."""
+    # np.array copies: pandas hands out read-only views, which torch does not take
     weights = torch.tensor(np.array(weight), dtype=torch.float32)
-    return (weights * nn.functional.softplus(scores[worse] - scores[better])).sum() / weights.sum()
+    first, second = torch.tensor(np.array(better)), torch.tensor(np.array(worse))
+    return (weights * nn.functional.softplus(scores[second] - scores[first])).sum() / weights.sum()
 
 
 def train_network(features: torch.Tensor, train: pd.DataFrame, held_out: pd.DataFrame, options: Mapping, seed: int,
-                  posts_per_step: int = 64, patience: int = 5) -> tuple[nn.Sequential, dict]:
-    """Minimise the Bradley–Terry loss by AdamW; returns the network of the epoch with the least held-out loss, and facts.
+                  posts_per_step: int = 8, patience: int = 5) -> tuple[nn.Sequential, dict]:
+    """Minimise the Bradley–Terry loss by AdamW; the network of the epoch with the least held-out loss, and facts.
 
     features: (n, p) float32, standardised; train, held_out: pairs as from `training_pairs`; options: hidden_size,
     dropout, learning_rate, weight_decay, epochs. Raises: FloatingPointError when the loss is no longer finite.

@@ -16,7 +16,16 @@ import torch
 from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 
-from .core import atomic_folder, child_seed, read_json, say, savefig, stage_manifest, write_json, write_parquet
+from grpo_engage.core import (
+    atomic_folder,
+    child_seed,
+    read_json,
+    savefig,
+    say,
+    stage_manifest,
+    write_json,
+    write_parquet,
+)
 from .deconfounding import choose_references, deconfound, expected_engagement  # noqa: F401
 from .embedding import BACKBONES, TEXT_FEATURES, embed, load_embedder  # noqa: F401
 from .heuristic_reward import HeuristicReward, guard_flags
@@ -57,21 +66,22 @@ class EngagementRewardModel:
         frame with columns residual and engagement. held_out: share of the posts that decides when to stop.
         Raises: ValueError for NaN or constant labels, unequal lengths, or fewer than two posts with a clear pair.
         """
-        table = labels.reset_index(drop=True) if isinstance(labels, pd.DataFrame) else pd.DataFrame({"residual": labels})
+        table = labels if isinstance(labels, pd.DataFrame) else pd.DataFrame({"residual": labels})
         if len(table) != len(pairs):
             raise ValueError(f"{len(pairs)} pairs but {len(table)} labels: give one label for each pair")
         values = table["residual"].to_numpy(dtype=float)
         if not np.isfinite(values).all():
-            raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} labels are NaN or infinite (the first "
-                             f"at position {int(np.argmin(np.isfinite(values)))}); leave out replies with unknown likes")
+            raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} labels are NaN or infinite (the "
+                             f"first at position {int(np.argmin(np.isfinite(values)))}); leave out those with unknown "
+                             "likes")
         if len(values) == 0 or np.ptp(values) == 0:
             raise ValueError(f"the {len(values)} labels are all equal: nothing tells a good reply from a bad one")
         found = training_pairs(pairs["conversation_id"], table, self.options["min_gap"], seed=seed)
         posts = np.random.default_rng(child_seed(seed, "held out")).permutation(found["conversation"].unique())
         if len(posts) < 2:
             raise ValueError(f"{len(posts)} posts have two replies whose labels differ by {self.options['min_gap']} or "
-                             f"more, among {pairs['conversation_id'].nunique()} posts; at least 2 are needed (one to stop "
-                             "by): collect more replies per post")
+                             f"more, among {pairs['conversation_id'].nunique()} posts; at least 2 are needed (one to "
+                             "stop by): collect more replies per post")
         stop = found["conversation"].isin(posts[:max(1, round(held_out * len(posts)))]).to_numpy()
         tweets, replies = pairs["tweet"].tolist(), pairs["reply"].tolist()
         self.backbone.fit([*tweets, *replies], child_seed(seed, "backbone") % 2**31)
@@ -116,7 +126,7 @@ class EngagementRewardModel:
 
     @classmethod
     def load(cls, folder: Path) -> "EngagementRewardModel":
-        """The model that `save` wrote. Raises: FileNotFoundError, or ValueError when the files do not fit this version."""
+        """The model that `save` wrote. Raises: FileNotFoundError; ValueError for files of another version."""
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).exists():
@@ -150,7 +160,7 @@ def beat_probability(logits: Sequence[float], reference_logits: Sequence[Sequenc
 
 # %% ../nbs/04_reward_model.ipynb #c019
 class CombinedReward:
-    """w_learned x learned score + (1 - w_learned) x heuristic score: a batch call (tweets, replies) -> (n,) in [0, 1]."""
+    """w_learned x learned + (1 - w_learned) x heuristic score: a batch call (tweets, replies) -> (n,) in [0, 1]."""
 
     def __init__(self, model: EngagementRewardModel,
                  heuristic: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None, w_learned: float = 0.6):
@@ -195,7 +205,7 @@ def reward_model_stage(
     judge_size: int = 128,
     seed: int = 0,
 ) -> dict:
-    """Train the reward (split `reward`, MiniLM) and the judge (split `judge`, n-grams); returns validation.json's content.
+    """Train reward (split `reward`, MiniLM) and judge (split `judge`, n-grams); returns what validation.json holds.
 
     Parameters as in the notebook's parameters cell. Writes run_dir/reward_model/: labels.parquet, reward/, judge/,
     validation.json, figures/reward_validation.*. Raises: FileNotFoundError without the data and heuristic_reward

@@ -40,7 +40,7 @@ def _interval(values: np.ndarray, conversations: np.ndarray, seed: int) -> dict:
 
 
 def accuracy(scores: np.ndarray, higher: np.ndarray, lower: np.ndarray, conversations: Sequence, seed: int) -> dict:
-    """Share of pairs that `scores` (n,) orders as (higher, lower), ties counting one half: estimate, ci_low, ci_high, n.
+    """Share of pairs that `scores` (n,) orders as (higher, lower), ties one half: estimate, ci_low, ci_high, n.
 
     The estimand is over pairs; the interval resamples conversations. NaN with pairs from fewer than two conversations.
     """
@@ -49,7 +49,7 @@ def accuracy(scores: np.ndarray, higher: np.ndarray, lower: np.ndarray, conversa
 # %% ../nbs/04d_reward_validation.ipynb #c009
 def within_post_spearman(first: np.ndarray, second: np.ndarray, conversations: Sequence, seed: int,
                          min_replies: int = 3) -> dict:
-    """Mean over posts (of at least min_replies) of Spearman's correlation: estimate, ci_low, ci_high, n posts, left_out."""
+    """Mean over posts (of >= min_replies) of Spearman's correlation: estimate, ci_low, ci_high, n posts, left_out."""
     frame = pd.DataFrame({"post": np.asarray(conversations), "first": first, "second": second}).dropna()
     ranks = frame.groupby("post")[["first", "second"]].rank()
     ranks -= ranks.groupby(frame["post"]).transform("mean")
@@ -71,7 +71,7 @@ def overall_spearman(first: np.ndarray, second: np.ndarray) -> float:
 
 # %% ../nbs/04d_reward_validation.ipynb #c013
 def tfidf_ridge(train: pd.DataFrame, counts: np.ndarray, replies: Sequence[str], alpha: float = 10.0) -> np.ndarray:
-    """Predicted log(1 + engagement) of `replies`, (m,), by ridge regression on word and word-pair TF-IDF of train.reply."""
+    """Predicted log(1 + engagement) of `replies`, (m,): ridge regression on word and pair TF-IDF of train.reply."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import Ridge
     from sklearn.pipeline import make_pipeline
@@ -146,6 +146,7 @@ def validation_figure(validation: dict, pairs: pd.DataFrame, logits: Mapping[str
         right.plot(means["predicted"], means["observed"], marker="o", markersize=4, label=name,
                    color=f"C{names.index(name)}")
     right.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=1)
-    right.set(xlabel="predicted probability of the preferred reply", ylabel="share of pairs so ordered", xlim=(0.48, 1.0))
+    right.set(xlabel="predicted probability of the preferred reply", ylabel="share of pairs so ordered",
+              xlim=(0.48, 1.0))
     right.legend()
     return figure

@@ -227,6 +227,7 @@ def pass_curves(scored: pd.DataFrame, n_boot: int, seed: int) -> pd.DataFrame:
         n_seeds = group.index.get_level_values("seed").nunique()
         for k in range(1, int(group["size"].min()) + 1):
             by_post = pd.Series(pass_at_k(group["size"], group["sum"], k), group.index).groupby("post").mean()
-            interval = _interval(by_post, by_post.index.to_series(), n_boot, child_seed(seed, "curve", k))
+            # The same resampled posts for all k make a smooth band.
+            interval = _interval(by_post, by_post.index.to_series(), n_boot, child_seed(seed, "curve"))
             rows.append({"arm": arm, "k": k} | interval | {"n_seeds": n_seeds})
     return pd.DataFrame(rows)

@@ -286,7 +286,7 @@ def test_every_arm_gets_the_same_posts_and_sampling(full_run):
     run_dir, calls = full_run
     evaluation.evaluation_stage(run_dir, n_boot=100)
     assert len(calls) == 4  # baseline on validation; baseline, grpo and base on test
-    assert len({call["tweets"] for call in calls[1:]}) == 1 and len(calls[1]["tweets"]) == 16
+    assert len({call["tweets"] for call in calls[1:]}) == 1 and len(calls[1]["tweets"]) == 8
     assert len({(call["n"], call["temperature"], call["seed"]) for call in calls[1:]}) == 1
     assert not set(calls[0]["tweets"]) & set(calls[1]["tweets"])
     made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")

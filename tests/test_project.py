@@ -49,7 +49,8 @@ def test_a_changed_cell_is_seen(checkout):
 
 def test_notebooks_are_clean(checkout):
     subprocess.run([BIN / "nbdev_clean"], cwd=checkout, check=True, capture_output=True)
-    assert filecmp.cmpfiles(REPO_ROOT / "nbs", checkout / "nbs", [p.name for p in NOTEBOOKS], shallow=False)[1:] == ([], [])
+    names = [path.name for path in NOTEBOOKS]
+    assert filecmp.cmpfiles(REPO_ROOT / "nbs", checkout / "nbs", names, shallow=False)[1:] == ([], [])
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -91,7 +92,7 @@ def test_papermill_documents_every_parameter(stage):
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (REPO_ROOT / "configs").glob("*.yaml")))
 def test_preset_is_valid(preset):
-    from grpo_engage.hybrid import ARMS
+    from grpo_engage.objective import ARMS
 
     config = resolve_config(load_preset(preset), arms_known=list(ARMS))
     assert set(config["stages"]) == set(STAGES)

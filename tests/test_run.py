@@ -1,0 +1,184 @@
+"""The whole path through the command line, Snakemake and papermill, at seconds-long size: done, changed, killed."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from grpo_engage.core import read_json
+from grpo_engage.simulator import simulate_pairs
+
+TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
+        "n_boot=200", "max_new_tokens=16"]
+COMMAND = [sys.executable, "-m", "grpo_engage", "run", "--preset", "smoke"]
+STAGES = ["data", "heuristic_reward", "reward_model", "policy", "train/baseline/seed0", "train/grpo/seed0",
+          "evaluation", "paper"]
+
+
+def arguments(run, *more, tiny=TINY):
+    return [*COMMAND, "--run", run, *[word for text in tiny for word in ("-p", text)], *more]
+
+
+def call(runs, *words, timeout=400):
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout,
+                          env=os.environ | {"GRPO_ENGAGE_RUNS": str(runs)})
+
+
+def manifests(run_dir):
+    return {stage: read_json(run_dir / stage / "manifest.json") for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def finished(runs):
+    done = call(runs, *arguments("first"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return runs / "first", done
+
+
+def test_a_run_leaves_notebook_manifest_and_tidy_files(finished):
+    run_dir, done = finished
+    for stage, manifest in manifests(run_dir).items():
+        assert manifest["status"] == "completed", stage
+        assert manifest["versions"]["torch"] and manifest["wall_seconds"] > 0 and "commit" in manifest["git"]
+        assert len(list((run_dir / stage).glob("*.ipynb"))) == 1, stage
+    for name in ("data/pairs.parquet", "data/rejected.csv", "evaluation/generations.parquet", "evaluation/metrics.csv",
+                 "paper/macros.tex", "paper/main.pdf"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert (run_dir / "paper" / "main.pdf").read_bytes().startswith(b"%PDF")
+    header = (run_dir / "evaluation" / "metrics.csv").read_text().splitlines()[0]
+    assert header == "arm,seed,metric,value,ci_low,ci_high,n"
+    assert "loss" in done.stdout and "reward" in done.stdout  # the plain answer at the end
+
+
+def test_the_log_is_no_flood(finished):
+    _, done = finished
+    assert len(done.stdout.splitlines()) < 400 and "\r" not in done.stdout
+
+
+def test_the_same_command_again_finds_nothing_to_do(runs, finished):
+    run_dir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.ipynb")}
+    start = time.monotonic()
+    assert call(runs, *arguments("first")).returncode == 0
+    assert time.monotonic() - start < 20
+    assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.ipynb")}
+
+
+def test_a_changed_parameter_redoes_what_depends_on_it_and_the_result_is_the_same_bytes(runs, finished):
+    run_dir, _ = finished
+    before, metrics = manifests(run_dir), (run_dir / "evaluation" / "metrics.csv").read_bytes()
+    changed = arguments("first", "-p", "n_boot=300")
+    plan = call(runs, *changed, "--dry-run")
+    assert plan.returncode == 0 and "evaluation" in plan.stdout and "rule train" not in plan.stdout
+    assert call(runs, *changed).returncode == 0
+    after = manifests(run_dir)
+    redone = {stage for stage in STAGES if before[stage]["started"] != after[stage]["started"]}
+    assert redone == {"evaluation", "paper"}
+    assert (run_dir / "evaluation" / "metrics.csv").read_bytes() != metrics
+    assert call(runs, *arguments("first")).returncode == 0  # back to the first value
+    assert (run_dir / "evaluation" / "metrics.csv").read_bytes() == metrics
+
+
+def _wait_for(condition, what, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen in {seconds} s"
+        time.sleep(0.2)
+
+
+def _in_stage(run_dir, stage):
+    path = run_dir / stage / "manifest.json"
+    return path.exists() and read_json(path)["status"] == "running"
+
+
+def _kernels(run_dir):
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        words = " ".join(process.info["cmdline"] or [])
+        if "ipykernel_launcher" in words and any(str(run_dir) == parent.cwd() for parent in process.parents()
+                                                 if parent.pid > 1 and "grpo_engage" in " ".join(parent.cmdline())):
+            found.append(process)
+    return found
+
+
+def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished):
+    run_dir = runs / "killed"
+    environment = os.environ | {"GRPO_ENGAGE_RUNS": str(runs)}
+
+    # kill -9 on the command while it trains: nothing of it lives on, and Snakemake's lock is left behind
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = subprocess.Popen(arguments("killed"), env=environment, **quiet)
+    _wait_for(lambda: _in_stage(run_dir, "train/baseline/seed0"), "training")
+    tree = psutil.Process(command.pid).children(recursive=True)
+    command.send_signal(signal.SIGKILL)
+    command.wait()
+    _, alive = psutil.wait_procs(tree, timeout=20)
+    assert alive == []
+    assert not (run_dir / "evaluation" / "metrics.csv").exists()
+
+    # the same command goes on; now the kernel alone dies
+    heard = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    command = subprocess.Popen(arguments("killed"), env=environment, **heard)
+    _wait_for(lambda: _in_stage(run_dir, "train/grpo/seed0"), "the grpo arm")
+    kernels = _kernels(run_dir)
+    assert len(kernels) == 1
+    kernels[0].send_signal(signal.SIGKILL)
+    _, message = command.communicate(timeout=120)
+    assert command.returncode == 1 and "the kernel died" in message and "grpo" in message
+    failed = read_json(run_dir / "train" / "grpo" / "seed0" / "manifest.json")
+    assert failed["status"] == "failed"
+    listing = call(runs, sys.executable, "-m", "grpo_engage", "list").stdout
+    assert "failed in train/grpo/0" in listing and "completed" in listing
+
+    # and the same command ends where an undisturbed run ends
+    done = call(runs, *arguments("killed"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("evaluation/metrics.csv", "train/grpo/seed0/train_log.csv", "train/baseline/seed0/train_log.csv"):
+        assert (run_dir / name).read_bytes() == (finished[0] / name).read_bytes(), name
+
+
+def test_a_failing_cell_is_explained_and_the_next_run_resumes(runs, tmp_path):
+    path = tmp_path / "own.jsonl.gz"
+    rows = simulate_pairs(120, 5).drop(columns=["meta", "source"]).to_dict("records")
+    lonely = {row["conversation_id"]: row for row in rows}  # one reply to each post: nothing to compare
+    with gzip.open(path, "wt") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in lonely.values())
+    command = [*COMMAND, "--run", "own", "--data", str(path), "-p", "min_replies_per_post=1"]
+    done = call(runs, *command)
+    assert done.returncode == 1
+    assert "stage reward_model" in done.stderr and "cell" in done.stderr and "two replies" in done.stderr, done.stderr
+    assert len(done.stderr.splitlines()) < 12, done.stderr
+    assert read_json(runs / "own" / "reward_model" / "manifest.json")["status"] == "failed"
+    assert list((runs / "own" / "reward_model").glob("*.ipynb"))
+
+    with gzip.open(path, "wt") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in rows)
+        handle.write("{broken\n")
+    done = call(runs, *command[:4], "reward_model", *command[4:])
+    assert done.returncode == 0, done.stderr
+    assert read_json(runs / "own" / "reward_model" / "manifest.json")["status"] == "completed"
+    rejected = (runs / "own" / "data" / "rejected.csv").read_text().splitlines()
+    assert len(rejected) == 2 and rejected[1].startswith(f"{len(rows) + 1},")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["-p", "max_stps=3"], "did you mean 'max_steps'?"),
+    (["-p", "max_steps=three"], "must be of type int"),
+    (["-p", "temperature=nan"], "temperature"),
+    (["-p", "openai_api_key=x"], "looks like a secret"),
+    (["--run", "../elsewhere"], "is no name for a run"),
+])
+def test_what_a_user_gets_wrong_is_one_line(runs, words, message):
+    done = call(runs, *COMMAND, *words)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
