@@ -47,13 +47,14 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # TRL's call
+    # TRL uses names that transformers will drop in its version 6; our lock holds 5
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 # %% ../nbs/05a_base_models.ipynb #c007
 NANO = {
     "version": 1, "seed": 20_777_216, "conversations": 6000, "vocabulary": 2048, "hidden": 128, "layers": 4, "heads": 4,
-    "intermediate": 384, "context": 256, "steps": 400, "batch": 64, "learning_rate": 3e-3, "weight_decay": 0.1,
+    "intermediate": 384, "context": 256, "steps": 800, "batch": 32, "learning_rate": 5e-3, "weight_decay": 0.1,
 }
 # One message each way is all that the task needs; the system message is the same for every post, so nano has none.
 NANO_TEMPLATE = (

@@ -83,17 +83,21 @@ def design_matrix(values: pd.DataFrame, fit_rows: np.ndarray) -> tuple[pd.DataFr
 # %% ../nbs/04b_deconfounding.ipynb #c013
 def _negative_binomial(counts: np.ndarray, regressors: pd.DataFrame) -> tuple[np.ndarray, float, str]:
     """Coefficients, dispersion alpha and the name of the method; RuntimeError when neither way converges."""
+    # statsmodels' own start overflows on heavy tails (a maximum of thousands of likes); a GLM with alpha = 1 does not.
+    start = sm.GLM(counts, regressors, family=sm.families.NegativeBinomial(alpha=1.0)).fit(maxiter=200)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", HessianInversionWarning)  # only standard errors, unused here, need it
             warnings.simplefilter("error", ConvergenceWarning)
-            warnings.simplefilter("error", RuntimeWarning)  # overflow on the way: the optimum cannot be trusted
-            found = NegativeBinomial(counts, regressors, loglike_method="nb2").fit(method="bfgs", maxiter=500, disp=0)
+            # A trial step of the line search may overflow; it is refused there, and convergence is checked at the end.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            found = NegativeBinomial(counts, regressors, loglike_method="nb2").fit(
+                start_params=np.append(start.params, 1.0), method="bfgs", maxiter=500, disp=0)
         values = np.asarray(found.params, dtype=float)
-        if np.isfinite(values).all() and values[-1] > 1e-6:
+        if found.mle_retvals["converged"] and np.isfinite(values).all() and values[-1] > 1e-6:
             return values[:-1], float(values[-1]), "NB2 maximum likelihood"
         reason = f"dispersion {values[-1]:.3g}"
-    except (ConvergenceWarning, RuntimeWarning, np.linalg.LinAlgError) as error:
+    except (ConvergenceWarning, np.linalg.LinAlgError) as error:
         reason = str(error).split(".")[0]
     mean = sm.GLM(counts, regressors, family=sm.families.Poisson()).fit(maxiter=200).mu
     slope = sm.OLS(((counts - mean) ** 2 - counts) / mean, mean).fit().params[0]

@@ -133,7 +133,7 @@ class HashingBackbone:
 
     name = "hashing"
 
-    def __init__(self, size: int = 128, buckets: int = 2**14):
+    def __init__(self, size: int = 128, buckets: int = 2**13):
         self.size, self.buckets = int(size), int(buckets)
         self.idf: np.ndarray | None = None
         self.components: np.ndarray | None = None
@@ -164,7 +164,7 @@ class HashingBackbone:
         self.idf = None
         table = self._weighted(unique)
         size = min(self.size, len(unique) - 1)
-        self.components = TruncatedSVD(size, random_state=seed).fit(table).components_.astype(np.float32)
+        self.components = TruncatedSVD(size, n_iter=3, random_state=seed).fit(table).components_.astype(np.float32)
         return self
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:

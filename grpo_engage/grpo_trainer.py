@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['RewardFunction', 'group_advantage', 'RewardError', 'trl_reward', 'largest_divisor', 'train_supervised',
-           'make_grpo_trainer', 'train_grpo']
+           'make_grpo_trainer', 'train_grpo', 'Objective']
 
 # %% ../nbs/06_grpo_trainer.ipynb #c002
-import math
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -21,10 +20,13 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from .base_models import quiet_libraries
 from .core import device_and_dtype, file_sha256
+from .objective import Objective
 from .policy import clean_text, format_prompt, load_adapted, load_policy
 from .training_loop import ProgressLines, lora_config, prepare_checkpoints, run_trainer
 
-# %% ../nbs/06_grpo_trainer.ipynb #c004
+_all_ = ["Objective"]  # what it weighs lives in a light module, but belongs here
+
+# %% ../nbs/06_grpo_trainer.ipynb #c005
 def group_advantage(rewards: np.ndarray, epsilon: float = 1e-4) -> np.ndarray:
     """GRPO's advantages: (r - mean) / (std + epsilon) within each group, std with K - 1 in the denominator.
 
@@ -39,7 +41,7 @@ def group_advantage(rewards: np.ndarray, epsilon: float = 1e-4) -> np.ndarray:
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     return centred / (rewards.std(axis=1, ddof=1, keepdims=True) + epsilon)
 
-# %% ../nbs/06_grpo_trainer.ipynb #c017
+# %% ../nbs/06_grpo_trainer.ipynb #c018
 RewardFunction = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 
@@ -76,7 +78,7 @@ def trl_reward(reward: RewardFunction, name: str = "reward") -> Callable:
     scored.__name__ = name
     return scored
 
-# %% ../nbs/06_grpo_trainer.ipynb #c020
+# %% ../nbs/06_grpo_trainer.ipynb #c021
 def _common(folder: Path, label: str, *, max_steps: int, learning_rate: float, micro_batch_size: int, total_batch: int,
             save_steps: int, seed: int, report_to: str) -> dict:
     """The arguments that both trainers share."""
@@ -137,7 +139,7 @@ def train_supervised(base: str | Path, examples: pd.DataFrame, folder: Path, *, 
                          peft_config=lora_config(lora_rank), callbacks=[ProgressLines("supervised"), *callbacks])
     return run_trainer(trainer, folder, resume_from, base_name or str(base))
 
-# %% ../nbs/06_grpo_trainer.ipynb #c024
+# %% ../nbs/06_grpo_trainer.ipynb #c025
 def make_grpo_trainer(base: str | Path, tweets: Sequence[str], reward: RewardFunction, folder: Path, *,
                       max_steps: int, learning_rate: float, warm_start: Path | None = None, posts_per_step: int = 8,
                       num_generations: int = 8, max_new_tokens: int = 28, kl_weight: float = 0.02,

@@ -45,6 +45,8 @@ class ProgressLines(TrainerCallback):
                 raise FloatingPointError(f"{self.label}: {name} is {logs[name]} at step {state.global_step}; lower the "
                                          "learning rate, or look at the rewards")
         self.latest |= logs or {}
+        if time.monotonic() - self.last >= self.every_seconds and state.global_step < state.max_steps:
+            self._line(state)
 
     def _line(self, state) -> None:
         shown = [f"{name} {self.latest[name]:.3f}" for name in ("loss", "reward") if name in self.latest]
@@ -53,10 +55,6 @@ class ProgressLines(TrainerCallback):
         left = f", about {seconds / done * (state.max_steps - state.global_step):.0f} s left" if done else ""
         say(f"{self.label}: step {state.global_step}/{state.max_steps}, {', '.join(shown)} after {seconds:.0f} s{left}")
         self.last = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        if time.monotonic() - self.last >= self.every_seconds and state.global_step < state.max_steps:
-            self._line(state)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._line(state)
@@ -91,7 +89,7 @@ _LOGGED = {
     "loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "entropy": "entropy",
     "token_accuracy": "mean_token_accuracy", "reward": "reward", "reward_std": "reward_std",
     "zero_variance_share": "frac_reward_zero_std", "kl_per_token": "kl", "mean_length": "completions/mean_length",
-    "truncated_share": "completions/clipped_ratio", "n_tokens_seen": "num_tokens",
+    "truncated_share": "completions/clipped_ratio",  # not num_tokens: SFTTrainer counts from 0 again after a resume
 }
 LOG_COLUMNS = ("step", *_LOGGED, "kl")
 

@@ -181,6 +181,15 @@ def test_underdispersed_counts_take_the_documented_fallback():
     np.testing.assert_allclose(expected.mean(), 2.0, atol=0.05)
 
 
+def test_one_viral_reply_does_not_break_the_maximum_likelihood():
+    """statsmodels' own starting values overflow on such tails, and the estimate would silently be the fallback's."""
+    pairs, mean = make_counts(9000, alpha=4.0, seed=6)
+    pairs.loc[pairs.reply_author_followers.idxmax(), "reply_likes"] = 8000.0
+    expected, report = expected_engagement(pairs, np.ones(len(pairs), dtype=bool))
+    assert report["method"] == "NB2 maximum likelihood" and report["dispersion"] == pytest.approx(4.0, abs=0.8)
+    assert np.abs(np.log(expected / mean)).mean() < 0.3
+
+
 def test_constant_engagement_and_bad_fit_rows_are_errors():
     pairs, _ = make_counts(50)
     with pytest.raises(ValueError, match="no two distinct values"):
