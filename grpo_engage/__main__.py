@@ -214,7 +214,7 @@ def _check(args: argparse.Namespace) -> int:
 def _list(args: argparse.Namespace) -> int:
     folder = run_folder("x").parent
     rows = [run_status(path) for path in sorted(folder.glob("*")) if path.is_dir()] if folder.exists() else []
-    print(pd.DataFrame(rows).fillna("").to_string(index=False) if rows else f"no runs yet in {folder}")
+    print(pd.DataFrame(rows).to_string(index=False, na_rep="") if rows else f"no runs yet in {folder}")
     return 0
 
 

@@ -54,7 +54,7 @@ def quiet_libraries() -> None:
 # %% ../nbs/05a_base_models.ipynb #c007
 NANO = {
     "version": 1, "seed": 20_777_216, "conversations": 6000, "vocabulary": 2048, "hidden": 128, "layers": 4, "heads": 4,
-    "intermediate": 384, "context": 256, "steps": 800, "batch": 32, "learning_rate": 5e-3, "weight_decay": 0.1,
+    "intermediate": 384, "context": 256, "steps": 700, "batch": 32, "learning_rate": 5e-3, "weight_decay": 0.1,
 }
 # One message each way is all that the task needs; the system message is the same for every post, so nano has none.
 NANO_TEMPLATE = (

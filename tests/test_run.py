@@ -102,14 +102,9 @@ def _in_stage(run_dir, stage):
     return path.exists() and read_json(path)["status"] == "running"
 
 
-def _kernels(run_dir):
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if "ipykernel_launcher" in words and any(str(run_dir) == parent.cwd() for parent in process.parents()
-                                                 if parent.pid > 1 and "grpo_engage" in " ".join(parent.cmdline())):
-            found.append(process)
-    return found
+def _kernels(command):
+    return [process for process in psutil.Process(command.pid).children(recursive=True)
+            if "ipykernel_launcher" in " ".join(process.cmdline())]
 
 
 def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished):
@@ -131,7 +126,7 @@ def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished
     heard = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     command = subprocess.Popen(arguments("killed"), env=environment, **heard)
     _wait_for(lambda: _in_stage(run_dir, "train/grpo/seed0"), "the grpo arm")
-    kernels = _kernels(run_dir)
+    kernels = _kernels(command)
     assert len(kernels) == 1
     kernels[0].send_signal(signal.SIGKILL)
     _, message = command.communicate(timeout=120)
