@@ -143,6 +143,7 @@ rule evaluation:
         "evaluation/metrics.csv",
         "evaluation/comparisons.csv",
         "evaluation/curves.csv",
+        "evaluation/notes.csv",
     log:
         **logs("evaluation"),
     params:

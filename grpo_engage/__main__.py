@@ -232,7 +232,7 @@ _EPILOG = """examples:
   python -m grpo_engage run train --preset smoke             only up to training
   python -m grpo_engage run --preset smoke --run s3 -p seed=3 -p train.grpo.max_steps=20
   python -m grpo_engage run --preset pheme-cpu --data posts.jsonl.gz
-  python -m grpo_engage run --preset gpu --data posts.csv --run pilot -p max_examples=200 -p max_steps=5
+  python -m grpo_engage run --preset gpu --data posts.csv --run pilot -p max_examples=300 -p max_steps=10
   python -m grpo_engage run --preset smoke --dry-run         what would be done, and why
   python -m grpo_engage params train                         every parameter of a stage, explained
   python -m grpo_engage paper --run s3                       the paper of a finished run
