@@ -110,6 +110,7 @@ rule train:
         "data/pairs.parquet",
         "reward_model/labels.parquet",
         "reward_model/reward/model.safetensors",
+        "reward_model/validation.json",
         "policy/policy.json",
         warm_start,
         notebooks("train"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MINILM_PACKAGE', 'MINILM_SHA256', 'EMBEDDING_SIZE', 'TEXT_FEATURES', 'BACKBONES', 'minilm_folder', 'load_embedder',
-           'as_texts', 'embed', 'text_features', 'MiniLMBackbone', 'HashingBackbone']
+           'as_texts', 'embed', 'text_features', 'MiniLMBackbone', 'HashingBackbone', 'JointBackbone']
 
 # %% ../nbs/04a_embedding.ipynb #c002
 import re
@@ -190,4 +190,13 @@ class HashingBackbone:
         return self
 
 
-BACKBONES = {"minilm": MiniLMBackbone, "hashing": HashingBackbone}
+class JointBackbone(HashingBackbone):
+    """MiniLM and n-grams side by side: `encode` gives (n, 384 + size) float32 unit vectors."""
+
+    name = "minilm+hashing"
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        return (np.concatenate([embed(texts), super().encode(texts)], axis=1) / np.sqrt(2)).astype(np.float32)
+
+
+BACKBONES = {backbone.name: backbone for backbone in (MiniLMBackbone, HashingBackbone, JointBackbone)}

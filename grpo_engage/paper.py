@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS_FOR_A_CLAIM', 'SEEDS_FOR_A_CLAIM_NANO', 'FIGURES', 'is_smoke', 'claim_statement', 'banner', 'result_sentences',
-           'training_sentences', 'metric_macros', 'parameter_macros', 'reward_macros', 'run_macros', 'macros_text',
-           'paper_stage', 'demo']
+           'training_sentences', 'metric_macros', 'parameter_macros', 'reward_macros', 'reward_statement', 'run_macros',
+           'macros_text', 'paper_stage', 'demo']
 
 # %% ../nbs/10_paper.ipynb #c003
 import math
@@ -18,6 +18,7 @@ from grpo_engage.exhibits import (
     comparisons_table,
     data_table,
     margins_figure,
+    mark_unvalidated,
     metric_label,
     number,
     pass_figure,
@@ -26,6 +27,7 @@ from grpo_engage.exhibits import (
     results_table,
     rewards_table,
     training_figure,
+    unvalidated,
     with_interval,
 )
 from .pdf import build_pdf, escape_latex, macro_name
@@ -149,6 +151,13 @@ def reward_macros(run: Run) -> dict[str, str]:
         "NumExploits": number(counts["exploits"], 0), "NumExploitsRefused": number(counts["exploits_refused"], 0)}
 
 
+def reward_statement(run: Run) -> str:
+    """The verdict on the learned reward, and a warning where an arm was trained on it against that verdict."""
+    warning = (r"\textbf{The learned reward did not pass its validation, and an override allowed training on it: "
+               "nothing about arms trained on it is evidence.} ") if unvalidated(run) else ""
+    return f"{warning}Its verdict: {escape_latex(run.learned['verdict']['text'])}."
+
+
 def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dict[str, str]:
     """Everything that paper/main.tex may quote from the run: name of the macro -> LaTeX."""
     smoke, n_seeds = is_smoke(preset, run.name), len(run.seeds)
@@ -162,6 +171,7 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
         "PaperTitle": escape_latex(title), "RunName": escape_latex(run.name), "PresetName": escape_latex(preset),
         "RunBanner": banner(smoke, run.name, n_seeds),
         "ClaimStatement": claim_statement(n_seeds, run.policy["name"], smoke),
+        "RewardStatement": reward_statement(run),
         "ResultSentences": result_sentences(run), "TrainingSentences": training_sentences(run),
         "ArmList": _listing(run.arms),
         "DataDescription": "simulated posts and replies with a known appeal" if simulated else
@@ -219,6 +229,8 @@ def paper_stage(run_dir: Path, *, arms: Sequence[str], seeds: Sequence[int], pre
         tables = {"results": results_table(run, usd_per_hour), "comparisons": comparisons_table(run),
                   "data": data_table(run), "rewards": rewards_table(run),
                   "provenance": provenance_table(run, preset)}  # fmt: skip
+        if unvalidated(run):
+            tables = {name: mark_unvalidated(text) for name, text in tables.items()}
         (folder / "tables").mkdir()
         for name, text in tables.items():
             (folder / "tables" / f"{name}.tex").write_text(text, encoding="utf-8")

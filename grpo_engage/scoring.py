@@ -59,7 +59,7 @@ def engagement_scorers(run_dir: Path, judge: str, is_simulated: bool,
         if manifest.exists() and "reward" in (facts := read_json(manifest)):
             kind, weight = facts["parameters"]["reward"], facts["parameters"]["reward_weight_learned"]
             break
-    reward = (training_reward(run_dir, kind, weight)[0], beat_fraction)
+    reward = (training_reward(run_dir, kind, weight, allow_unvalidated=True)[0], beat_fraction)
     if is_simulated and judge != "model":
         return "gold", {"judge": (gold_appeal, beat_fraction), "reward": reward}
     model = EngagementRewardModel.load(run_dir / "reward_model" / "judge")

@@ -15,8 +15,8 @@ from .gold import gold_appeal
 from .grammar import STRATEGY_SHARES, write_post, write_reply
 
 # %% auto #0
-__all__ = ['LIKES', 'GOLD_MEAN', 'GOLD_SD', 'CONTEXT', 'REPLIES_A_POST', 'simulate_text', 'draw_context', 'draw_likes',
-           'simulate_pairs']
+__all__ = ['LIKES', 'GOLD_MEAN', 'GOLD_SD', 'CONTEXT', 'REPLIES_A_POST', 'simulate_text', 'draw_context', 'expected_log_likes',
+           'draw_likes', 'simulate_pairs']
 
 # %% ../nbs/01_simulator.ipynb #c004
 # Found by random search on the measures of benchmarks/simulator_difficulty.py against aggregate numbers of PHEME-RNR
@@ -79,17 +79,23 @@ def draw_context(text: pd.DataFrame, seed: int) -> pd.DataFrame:
     }, index=text.index)
 
 # %% ../nbs/01_simulator.ipynb #c011
-def draw_likes(gold: np.ndarray, context: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(likes, retweets), integers of shape (n,), from gold appeal (n,) and the columns of `draw_context`."""
-    rng = np.random.default_rng(child_seed(seed, "simulator", "likes"))
-    b, n = LIKES, len(gold)
-    log_mean = (
+def expected_log_likes(gold: np.ndarray, context: pd.DataFrame) -> np.ndarray:
+    """Log of the expected likes up to a constant, (n,): what gold appeal and circumstances decide, chance left out."""
+    b = LIKES
+    return (
         b["intercept"] + b["gold"] * (gold - GOLD_MEAN) / GOLD_SD
         + b["followers"] * (np.log1p(context["reply_author_followers"].to_numpy()) - CONTEXT["followers"][0])
         + b["delay"] * context["lateness"].to_numpy()
         + b["popularity"] * (np.log1p(context["tweet_likes"].to_numpy()) - CONTEXT["tweet_likes"][0])
-        + b["broadcast"] * context["broadcast"].to_numpy() + b["noise"] * rng.standard_normal(n)
+        + b["broadcast"] * context["broadcast"].to_numpy()
     )
+
+
+def draw_likes(gold: np.ndarray, context: pd.DataFrame, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(likes, retweets), integers of shape (n,), from gold appeal (n,) and the columns of `draw_context`."""
+    rng = np.random.default_rng(child_seed(seed, "simulator", "likes"))
+    b, n = LIKES, len(gold)
+    log_mean = expected_log_likes(gold, context) + b["noise"] * rng.standard_normal(n)
     rate = np.exp(log_mean) * rng.gamma(b["dispersion"], 1 / b["dispersion"], n)  # gamma x Poisson: negative binomial
     seen = rng.random(n) >= b["zero_inflation"]
     likes, retweets = rng.poisson(rate * seen), rng.poisson(rate * seen * np.exp(b["retweets"]))

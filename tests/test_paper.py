@@ -79,8 +79,10 @@ INTERVAL = {"estimate": 0.55, "ci_low": 0.5, "ci_high": 0.6, "n": 90}
 VALIDATION = {
     "heuristic_reward": {"n_pairs": 90, "reason": None, "heuristic": INTERVAL, "length": INTERVAL},
     "reward_model": {
-        "n_pairs": {"all": 120, "clear": 90, "residual": 100}, "agreement": {"spearman_within_posts": INTERVAL},
-        "accuracy": {name: {kind: INTERVAL for kind in ("all", "clear", "residual")}
+        "n_pairs": {"all": 120, "clear": 90, "similar_length": 40, "residual": 100},
+        "agreement": {"spearman_within_posts": INTERVAL},
+        "verdict": {"validated": True, "text": "accuracy 0.64 & more: validated"},
+        "accuracy": {name: {kind: INTERVAL for kind in ("all", "clear", "similar_length", "residual")}
                      for name in ("reward", "judge", "heuristic", "length", "tfidf_ridge", "metadata")}},
 }
 TRAINING = {"max_steps": 8, "batch_size": 16, "learning_rate_supervised": 1e-3, "learning_rate_policy": 5e-4,
@@ -281,3 +283,15 @@ def test_paths_of_the_machine_stay_out(tmp_path):
     write_json(run_dir / "data" / "manifest.json", manifest("data", parameters=facts))
     macros = paper.parameter_macros(results.load_run(run_dir, ["baseline", "grpo"], [0]))
     assert macros["ParamDataNConversations"] == "50" and "somebody" not in str(macros)
+
+
+def test_an_override_of_the_gate_marks_every_table_and_the_text(tmp_path):
+    run_dir = make_run(tmp_path / "smoke")
+    stage(run_dir)
+    tables = sorted((run_dir / "paper" / "tables").glob("*.tex"))
+    assert not any("not validated" in path.read_text() for path in tables)
+    path = run_dir / "train" / "grpo" / "seed0" / "manifest.json"
+    write_json(path, read_json(path) | {"reward_validated": False})
+    built = stage(run_dir)
+    assert len(tables) == 5 and all(path.read_text().count("Reward not validated") == 1 for path in tables)
+    assert "did not pass its validation" in read_macros(run_dir)["RewardStatement"] and built["engine"] == "typst"

@@ -13,17 +13,22 @@ from scipy.stats import spearmanr
 
 from grpo_engage import data, heuristic_reward
 from grpo_engage import embedding as embedding_module
-from grpo_engage.core import file_sha256, read_json
+from grpo_engage.context_model import ContextModel, context_features
+from grpo_engage.core import child_seed, file_sha256, read_json, write_json
 from grpo_engage.deconfounding import choose_references, deconfound, design_matrix, engagement, expected_engagement
 from grpo_engage.embedding import EMBEDDING_SIZE, HashingBackbone, embed, text_features
-from grpo_engage.pairwise import training_pairs
+from grpo_engage.engagement_model import shuffled_label_twins
+from grpo_engage.hybrid import UnvalidatedReward, training_reward
+from grpo_engage.pairwise import bradley_terry_loss, pair_features, training_pairs
 from grpo_engage.reward_model import (
     CombinedReward,
     EngagementRewardModel,
     beat_probability,
     reward_model_stage,
 )
-from grpo_engage.reward_validation import accuracy, all_pairs, within_post_spearman
+from grpo_engage.reward_validation import accuracy, all_pairs, by_ratio, verdict, within_post_spearman
+from grpo_engage.simulator import expected_log_likes, simulate_pairs
+from grpo_engage.text_evidence import TYPICALITY, TextEvidence
 
 TINY = {"size": 12, "buckets": 2**10}
 
@@ -42,7 +47,8 @@ def make_pairs(n_posts: int = 60, n_replies: int = 6, seed: int = 0) -> tuple[pd
 
 
 def make_model(**options) -> EngagementRewardModel:
-    return EngagementRewardModel("hashing", **({"hidden_size": 0, "learning_rate": 3e-3, "backbone_options": TINY}
+    return EngagementRewardModel("hashing", **({"hidden_size": 0, "learning_rate": 3e-3, "epochs": 30, "members": 2,
+                                               "backbone_options": TINY}
                                                | options))
 
 
@@ -253,8 +259,10 @@ def test_scores_are_probabilities_against_training_replies_and_keep_the_order(tr
     pairs, _ = make_pairs(20, seed=5)
     logits, scores = trained.logits(pairs.tweet, pairs.reply), trained.score(pairs.tweet, pairs.reply)
     assert ((scores >= 0) & (scores <= 1)).all() and spearmanr(logits, scores)[0] == pytest.approx(1)
-    train = make_pairs()[0]
-    train_logits = trained.logits(train.tweet, train.reply)
+    train = make_pairs()[0]  # their features as in training, where no reply knows itself
+    evidence = TextEvidence().fit_transform(train.tweet.tolist(), train.reply.tolist(), child_seed(1, "evidence"))
+    features = pair_features(trained.backbone, train.tweet.tolist(), train.reply.tolist(), evidence)
+    train_logits = trained._members(trained._standard(features)).mean(axis=0)
     exact = expit(logits[:, None] - train_logits[None, :]).mean(axis=1)  # all training replies, not 101 quantiles
     np.testing.assert_allclose(scores, exact, atol=0.01)
 
@@ -351,14 +359,16 @@ def test_the_stage_writes_what_later_stages_read(finished_run):
     assert (labels.row == pairs.row).all() and labels.reference.dtype == bool and labels.reference.any()
     assert np.isfinite(labels.expected).all() and (labels.engagement[labels.reference] > 0).all()
     validation = read_json(folder / "validation.json")
-    names = {"reward", "judge", "length", "tfidf_ridge", "heuristic", "metadata"}
+    names = {"reward", "judge", "length", "tfidf_ridge", "heuristic", "metadata", "naive_regression", "everything"}
     assert set(validation["accuracy"]) == names and set(validation["gold"]) == names
     assert validation["split"] == "validation" and validation["n_replies"] == (pairs.split == "validation").sum()
     manifest = read_json(folder / "manifest.json")
     assert manifest["status"] == "completed"
     assert sum(manifest["counts"]["references"].values()) == labels.reference.sum()
     assert (folder / "figures" / "reward_validation.pdf").exists()
-    assert EngagementRewardModel.load(folder / "judge").backbone.name == "hashing"
+    assert EngagementRewardModel.load(folder / "judge").backbone.name == "minilm"
+    assert EngagementRewardModel.load(folder / "reward").backbone.name == "hashing"
+    assert validation["context"]["ceiling_true"] > validation["context"]["with_engagement"]["text"]
 
 
 def test_the_stage_gives_the_same_bytes_again(finished_run):
@@ -399,3 +409,201 @@ def test_one_reply_a_post_stops_the_stage_with_the_split_named(finished_run, tmp
 def test_the_stage_needs_the_stages_before_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="pairs.parquet"):
         reward_model_stage(tmp_path)
+
+
+# --- evidence without labels
+
+
+def test_typicality_against_counting_by_hand():
+    """Own neighbours left out for known replies; every run counted with its multiplicity."""
+    pairs, _ = make_pairs(12, seed=3)
+    replies = [text.replace("?", " ?").replace(".", " .") for text in pairs.reply]
+    evidence = TextEvidence(buckets=2**18)
+    known = evidence.fit_transform(pairs.tweet.tolist(), replies, seed=0)
+    new = ["bridge council ticket garden ?", "garden garden garden", "xyzzy"]
+    fresh = evidence.transform(["news about the rain"] * 3, new)
+
+    def runs(text, size):
+        words = ["¶", *text.split(), "¶"]
+        return list(zip(*(words[start:] for start in range(size)), strict=False))
+
+    for offset, size in ((0, 2), (4, 3)):
+        for texts, found, own in ((replies, known, True), (new, fresh, False)):
+            for text, row in zip(texts, found, strict=True):
+                counts = [sum(other.count(run) for other in map(lambda t: runs(t, size), replies)) -
+                          (runs(text, size).count(run) if own else 0) for run in runs(text, size)]
+                expected = [np.mean([n >= 2 for n in counts]), np.mean(np.log1p(counts)), min(np.log1p(counts)),
+                            sum(n <= 0 for n in counts)]
+                np.testing.assert_allclose(row[offset:offset + 4], expected, rtol=1e-5, atol=1e-6)
+    assert known.shape[1] == fresh.shape[1] and len(TYPICALITY) == 8
+
+
+def test_match_of_a_known_pair_is_judged_by_towers_that_did_not_see_it():
+    """Pairs matched at random carry no signal: cross-fitted, their match cannot beat that of shuffled pairs."""
+    random = np.random.default_rng(0)
+    tweets = [f"p{post} q{post % 7}" for post in range(150) for _ in range(3)]
+    replies = [f"w{random.integers(40)} v{random.integers(40)}" for _ in tweets]
+    evidence = TextEvidence(buckets=2**12)
+    seen = evidence.fit_transform(tweets, replies, seed=1)[:, len(TYPICALITY)]
+    naive = evidence.transform(tweets, replies)[:, len(TYPICALITY)]
+    assert naive.mean() > 0.3 > abs(seen.mean())  # the towers that trained on them do know them
+
+
+# --- circumstances
+
+
+def test_the_offset_keeps_followers_out_of_the_text_score():
+    """Style goes with followers, and followers make likes. The naive way pays for the style; the offset does not."""
+    random = np.random.default_rng(0)
+    n = 400 * 6
+    famous, good = random.random(n) < 0.5, random.random(n) < 0.5
+    styled = np.where(random.random(n) < 0.85, famous, ~famous)
+    expected = np.exp(np.where(famous, 2.0, 0.0))
+    likes = random.poisson(expected * np.exp(0.7 * good))
+    words = "bridge council ticket garden night train".split()
+    pairs = pd.DataFrame({"conversation_id": np.repeat(np.arange(400), 6).astype(str), "tweet": "news about the rain",
+                          "reply": [f"{random.choice(words)} {'good' if g else 'plain'} {'formal' if s else 'casual'}"
+                                    for g, s in zip(good, styled, strict=True)]})
+    labels = pd.DataFrame({"residual": np.log1p(likes) - np.log1p(expected), "engagement": likes.astype(float),
+                           "expected": expected})
+    effect = {}
+    for control in ("none", "offset"):
+        model = make_model(control=control, epochs=10).fit(pairs, labels, seed=0)
+        values = model.logits(["news about the rain"] * 4, [f"bridge {a} {b}" for a in ("good", "plain")
+                                                            for b in ("formal", "casual")]).reshape(2, 2)
+        effect[control] = (values[0] - values[1]).mean(), (values[:, 0] - values[:, 1]).mean()  # good, formal
+    assert effect["none"][1] > effect["none"][0]  # the naive way prefers the style to the quality
+    assert abs(effect["offset"][1]) < 0.3 * effect["none"][1] and effect["offset"][0] > 0.3
+
+
+def test_the_loss_with_an_offset_equals_its_formula():
+    random = np.random.default_rng(0)
+    scores, offset, weight = random.normal(size=5), random.normal(size=3), random.random(3)
+    better, worse = np.array([0, 1, 2]), np.array([3, 4, 0])
+    by_hand = -(weight * np.log(expit(scores[better] - scores[worse] + offset))).sum() / weight.sum()
+    found = bradley_terry_loss(torch.tensor(scores), better, worse, weight, torch.tensor(offset))
+    assert found.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_a_model_of_circumstances_cannot_become_a_reward():
+    simulated = simulate_pairs(60, 1)
+    model = ContextModel().fit(simulated, None, simulated.reply_likes.to_numpy(float))
+    with pytest.raises(TypeError, match="reads text alone"):
+        CombinedReward(model)
+    with pytest.raises(TypeError):
+        model.predict(simulated.tweet.tolist(), simulated.reply.tolist())
+    assert not callable(model) and not hasattr(model, "score")
+
+
+def test_context_features_take_nulls_and_odd_meta():
+    table = simulate_pairs(20, 1)
+    table["reply_author_followers"] = None
+    table["meta"] = [None, "", '{"flag": true, "n": 3, "name": "x"}', {"n": 2.5}] * (len(table) // 4) + [None] * (
+        len(table) % 4)
+    found = context_features(table)
+    assert found.log_followers.isna().all() and found.meta_n.dropna().isin([3, 2.5]).all()
+    assert "meta_name" not in found and set(found.meta_flag.dropna()) == {1.0}
+
+
+def test_expected_likes_are_the_mean_of_many_draws():
+    """`expected_log_likes` leaves chance out: averaged over many draws, likes follow it up to one constant."""
+    from grpo_engage.simulator import draw_context, draw_likes, simulate_text
+
+    text = simulate_text(40, 3)
+    context, gold = draw_context(text, 3), np.linspace(0, 1, len(text))
+    mean = np.mean([draw_likes(gold, context, seed)[0] for seed in range(400)], axis=0)
+    often = mean > 0.5
+    assert np.corrcoef(np.log(mean[often]), expected_log_likes(gold, context)[often])[0, 1] > 0.97
+
+
+# --- uncertainty, controls, verdict, gate
+
+
+def test_uncertainty_is_the_spread_of_the_members_own_scores(trained):
+    pairs, _ = make_pairs(5, seed=8)
+    logits = trained.member_logits(pairs.tweet, pairs.reply)
+    own = [[np.mean([1 / (1 + np.exp(q - value)) for q in quantiles]) for value in row]
+           for row, quantiles in zip(logits, trained.quantiles, strict=False)]
+    np.testing.assert_allclose(trained.uncertainty(pairs.tweet, pairs.reply), np.std(own, axis=0), atol=1e-6)
+    np.testing.assert_allclose(trained.logits(pairs.tweet, pairs.reply), logits.mean(axis=0))
+    assert len(logits) == 2
+
+
+def test_batched_scores_equal_pair_by_pair(trained):
+    pairs, _ = make_pairs(10, seed=2)
+    alone = [trained.score([tweet], [reply])[0] for tweet, reply in zip(pairs.tweet, pairs.reply, strict=True)]
+    np.testing.assert_allclose(trained.score(pairs.tweet, pairs.reply), alone, atol=1e-5)
+
+
+def test_twins_see_labels_of_their_own_posts_only(trained):
+    pairs, labels = make_pairs()
+    twins = shuffled_label_twins(trained, pairs, pd.DataFrame({"residual": labels}), n=3)
+    assert len(twins) == 3 and all(len(twin.networks) == 1 for twin in twins)
+    frozen = pd.DataFrame({"residual": np.repeat(np.arange(60.0), 6)})  # within a post all equal: nothing to shuffle
+    with pytest.raises(ValueError, match="told apart"):
+        shuffled_label_twins(trained, pairs, frozen, n=1)
+
+
+@pytest.mark.parametrize(("low", "length", "tfidf", "expected"), [
+    (0.61, 0.57, 0.60, True), (0.60, 0.57, 0.60, False), (0.61, 0.62, 0.5, False), (float("nan"), 0.5, 0.5, False)])
+def test_verdict(low, length, tfidf, expected):
+    clear = {"estimate": 0.65, "ci_low": low, "ci_high": 0.7, "n": 100}
+    found = verdict({"accuracy": {"reward": {"clear": clear}, "length": {"clear": {"estimate": length}},
+                                  "tfidf_ridge": {"clear": {"estimate": tfidf}}}})
+    assert found["validated"] is expected and f"{length:.3f}" in found["text"]
+
+
+def test_an_arm_refuses_an_unvalidated_reward(finished_run):
+    path = finished_run / "reward_model" / "validation.json"
+    whole = read_json(path)
+    bad = whole | {"verdict": whole["verdict"] | {"validated": False, "text": "accuracy 0.512 [0.400, 0.600]"}}
+    try:
+        write_json(path, bad)
+        for kind in ("combined", "learned"):
+            with pytest.raises(UnvalidatedReward, match=r"0\.512.*allow_unvalidated_reward=true"):
+                training_reward(finished_run, kind, 0.6)
+        reward, _, validated = training_reward(finished_run, "combined", 0.6, allow_unvalidated=True)
+        assert validated is False and reward(["a post"], ["a reply"]).shape == (1,)
+        assert training_reward(finished_run, "heuristic", 0.6)[2] is None
+        write_json(path, bad | {"verdict": bad["verdict"] | {"validated": True}})
+        assert training_reward(finished_run, "combined", 0.6)[2] is True
+    finally:
+        write_json(path, whole)
+
+
+def test_accuracy_by_ratio_against_a_loop():
+    random = np.random.default_rng(0)
+    table = pd.DataFrame({"conversation_id": random.integers(0, 9, 80).astype(str),
+                          "reply_likes": random.poisson(3, 80)})
+    scores = random.normal(size=80)
+    for row in by_ratio(scores, table, 0):
+        right = []
+        for i in range(80):
+            for j in range(80):
+                if table.conversation_id[i] == table.conversation_id[j]:
+                    ratio = (1 + table.reply_likes[i]) / (1 + table.reply_likes[j])
+                    if row["above"] < ratio <= (row["to"] or np.inf):
+                        right.append(scores[i] > scores[j])
+        assert row["n"] == len(right)
+        if len(right) > 1:  # a single pair comes from a single conversation: no interval, no figure
+            assert row["estimate"] == pytest.approx(np.mean(right))
+
+
+def test_null_followers_and_foreign_posts_go_through_the_stage(finished_run, tmp_path):
+    pairs = pd.read_parquet(finished_run / "data" / "pairs.parquet")
+    pairs["reply_author_followers"] = pd.Series([None] * len(pairs), dtype=pairs.reply_author_followers.dtype)
+    foreign = pairs.split == "validation"
+    pairs.loc[foreign, "reply"] = "これは日本語の返信です " + pairs.loc[foreign, "row"].astype(str)
+    for stage in ("data", "heuristic_reward"):
+        (tmp_path / stage).mkdir()
+    pairs.to_parquet(tmp_path / "data" / "pairs.parquet")
+    (tmp_path / "heuristic_reward" / "scores.parquet").write_bytes(
+        (finished_run / "heuristic_reward" / "scores.parquet").read_bytes())
+    found = reward_model_stage(tmp_path, epochs=2, members=1)
+    assert any("log_followers" in note for note in found["deconfounding"]["notes"])
+    assert not found["verdict"]["validated"] and 0 <= found["accuracy"]["reward"]["clear"]["estimate"] <= 1
+
+
+def test_same_backbone_for_both_is_refused(finished_run):
+    with pytest.raises(ValueError, match="blind spots"):
+        reward_model_stage(finished_run, reward_backbone="minilm")
