@@ -57,7 +57,7 @@ def main() -> None:
     truth = targets.get("gold", targets["judge"])
     gap = pd.Series(learned).rank(pct=True) - pd.Series(truth).rank(pct=True)
     examples = pd.DataFrame({"tweet": tweets, "reply": replies, "learned": learned, "uncertainty": doubt,
-                             "truth": truth, "gap": gap, "guard": heuristic["guard"]}).join(heuristic[[*DEFAULT_WEIGHTS]])
+                             "truth": truth, "gap": gap, "guard": heuristic.guard}).join(heuristic[[*DEFAULT_WEIGHTS]])
     examples = pd.concat([examples.nlargest(20, "gap"), examples.nsmallest(20, "gap")])
     given.out.mkdir(parents=True, exist_ok=True)
     for name, frame in (("curves", table), ("peaks", peaks), ("replies", examples)):
