@@ -3,9 +3,9 @@
     python benchmarks/overoptimisation.py outputs/runs/smoke OUT [--posts 48] [--replies 128]
 
 Samples replies to validation posts from the base policy of the run, scores them with the heuristic, the learned, the
-combined (several weights) and the penalised reward, and writes curves.csv, peaks.csv, replies.csv (the most over-rated
-and under-rated replies with their components) and curves.{pdf,png} into OUT. Judges: the judge model and, on simulated
-data, gold appeal. The test split is not touched.
+combined (several weights) and the penalised reward, and writes curves.csv, peaks.csv, paired.csv (each reward against
+the default mixture, post by post), replies.csv (the most over-rated and under-rated replies with their components) and
+curves.{pdf,png} into OUT. Judges: the judge model and, on simulated data, gold appeal. The test split is not touched.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from grpo_engage.core import read_json, savefig, say, write_csv
 from grpo_engage.data import load_pairs
 from grpo_engage.gold import gold_appeal
 from grpo_engage.heuristic_reward import DEFAULT_WEIGHTS, HeuristicReward
-from grpo_engage.overoptimisation import curves, curves_figure, fit_peak
+from grpo_engage.overoptimisation import compare_picks, curves, curves_figure, fit_peak, misjudged
 from grpo_engage.policy import generate_replies, load_policy, read_policy
 from grpo_engage.reward_model import EngagementRewardModel
 
@@ -44,7 +44,8 @@ def main() -> None:
     learned, doubt = model.score_and_uncertainty(tweets, replies)
     rules = heuristic["score"].to_numpy()
     scores = {"heuristic": rules, "learned": learned,
-              **{f"combined {weight:.1f}": weight * learned + (1 - weight) * rules for weight in (0.3, 0.6, 0.8)},
+              **{f"combined {weight:.1f}": weight * learned + (1 - weight) * rules
+                 for weight in (0.3, 0.5, 0.6, 0.7, 0.8)},
               "learned - std": np.clip(learned - doubt, 0, 1), "learned - 3 std": np.clip(learned - 3 * doubt, 0, 1)}
     targets = {"judge": EngagementRewardModel.load(given.run / "reward_model" / "judge").score(tweets, replies)}
     if (pairs["source"] == "simulator").all():
@@ -55,15 +56,16 @@ def main() -> None:
     peaks = pd.DataFrame([{"proxy": proxy, "target": target} | fit_peak(part)
                           for (proxy, target), part in table.groupby(["proxy", "target"], sort=False)])
     truth = targets.get("gold", targets["judge"])
-    gap = pd.Series(learned).rank(pct=True) - pd.Series(truth).rank(pct=True)
-    examples = pd.DataFrame({"tweet": tweets, "reply": replies, "learned": learned, "uncertainty": doubt,
-                             "truth": truth, "gap": gap, "guard": heuristic.guard}).join(heuristic[[*DEFAULT_WEIGHTS]])
-    examples = pd.concat([examples.nlargest(20, "gap"), examples.nsmallest(20, "gap")])
+    details = heuristic[["guard", *DEFAULT_WEIGHTS]].assign(uncertainty=doubt)
+    examples = misjudged(pd.DataFrame({"tweet": tweets, "reply": replies}), learned, truth, details, n=20)
+    against = pd.concat([compare_picks(shaped["proxies"], target, "combined 0.6", n, given.seed).assign(target=name)
+                         for name, target in shaped["targets"].items() for n in (16, 128) if n <= given.replies])
     given.out.mkdir(parents=True, exist_ok=True)
-    for name, frame in (("curves", table), ("peaks", peaks), ("replies", examples)):
+    for name, frame in (("curves", table), ("peaks", peaks), ("replies", examples), ("paired", against)):
         write_csv(given.out / f"{name}.csv", frame)
     savefig(curves_figure(table), given.out / "curves")
     print(peaks[peaks["target"] != "proxy"].round(3).to_string(index=False))
+    print(against.round(3).to_string(index=False))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import pandas as pd
 from scipy.special import expit
 
 from .context_model import ContextModel, drawn_ceiling, naive_regression
-from .core import child_seed, read_json, savefig, say, stage_manifest, write_json, write_parquet
+from .core import child_seed, read_json, savefig, say, stage_manifest, write_csv, write_json, write_parquet
 from .deconfounding import choose_references, deconfound, expected_engagement  # noqa: F401
 from .embedding import embed, load_embedder  # noqa: F401
 from .engagement_model import EngagementRewardModel, shuffled_label_twins
 from .heuristic_reward import HeuristicReward, guard_flags
+from .overoptimisation import misjudged
 from grpo_engage.reward_validation import (
     control_accuracy,
     overall_spearman,
@@ -118,6 +119,16 @@ def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, labels: 
     return predicted, found
 
 
+def _misjudged(held: pd.DataFrame, reward: EngagementRewardModel, judge: np.ndarray) -> pd.DataFrame:
+    """Over- and under-rated replies by the combined reward, against gold appeal or, on real data, the judge."""
+    tweets, replies = held["tweet"].tolist(), held["reply"].tolist()
+    simulated = (held["source"] == "simulator").all()
+    parts = CombinedReward(reward).explain(tweets, replies)
+    rules = HeuristicReward().explain(tweets, replies).drop(columns="score")
+    return misjudged(held, parts["score"], gold_appeal(tweets, replies) if simulated else judge,
+                     parts.drop(columns="score").join(rules[[name for name in rules if name not in parts]]))
+
+
 def reward_model_stage(
     run_dir: Path, *, retweet_weight: float = 1.0, reference_quantile: float = 0.5, reward_backbone: str = "hashing",
     judge_backbone: str = "minilm", validate_on: str = "validation", control: str = "offset", members: int = 3,
@@ -127,9 +138,9 @@ def reward_model_stage(
     """Train reward (split `reward`) and judge (split `judge`); returns what validation.json holds.
 
     Parameters as in the notebook's parameters cell. Writes run_dir/reward_model/: labels.parquet, reward/, judge/,
-    validation.json (with the verdict that an arm reads), figures/reward_validation.*. Raises: FileNotFoundError without
-    the data and heuristic_reward stages, ValueError where a split has too few comparable replies or both models have
-    the same backbone.
+    validation.json (with the verdict that an arm reads), misjudged.csv, figures/reward_validation.*. Raises:
+    FileNotFoundError without the data and heuristic_reward stages, ValueError where a split has too few comparable
+    replies or both models have the same backbone.
     """
     run_dir = Path(run_dir)
     parameters = {name: value for name, value in locals().items() if name != "run_dir"}
@@ -187,6 +198,7 @@ def reward_model_stage(
         validation["controls"] = control_accuracy(held, reward, [twin.logits(tweets, replies) for twin in twins], seed)
         validation["verdict"] = verdict(validation)
         write_json(folder / "validation.json", validation)
+        write_csv(folder / "misjudged.csv", _misjudged(held, reward, logits["judge"]))
         savefig(validation_figure(validation, held, logits), folder / "figures" / "reward_validation")
         references = labels["reference"].groupby(pairs["split"]).sum()
         manifest["counts"] = {"replies": len(pairs), "references": references.to_dict(),

@@ -9,17 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 
 from grpo_engage import data, heuristic_reward
 from grpo_engage import embedding as embedding_module
+from grpo_engage.base_models import ensure_policy
+from grpo_engage.causal_reward import preference_dataset
 from grpo_engage.context_model import ContextModel, context_features
 from grpo_engage.core import child_seed, file_sha256, read_json, write_json
 from grpo_engage.deconfounding import choose_references, deconfound, design_matrix, engagement, expected_engagement
 from grpo_engage.embedding import EMBEDDING_SIZE, HashingBackbone, embed, text_features
+from grpo_engage.encoder_tuning import TunedMiniLMBackbone
 from grpo_engage.engagement_model import shuffled_label_twins
 from grpo_engage.hybrid import UnvalidatedReward, training_reward
+from grpo_engage.overoptimisation import misjudged
 from grpo_engage.pairwise import bradley_terry_loss, pair_features, training_pairs
+from grpo_engage.policy import clean_text, format_prompt, load_policy
 from grpo_engage.reward_model import (
     CombinedReward,
     EngagementRewardModel,
@@ -607,3 +612,57 @@ def test_null_followers_and_foreign_posts_go_through_the_stage(finished_run, tmp
 def test_same_backbone_for_both_is_refused(finished_run):
     with pytest.raises(ValueError, match="blind spots"):
         reward_model_stage(finished_run, reward_backbone="minilm")
+
+
+def test_the_encoder_and_the_networks_learn_from_different_posts(monkeypatch):
+    pairs, labels = make_pairs(n_posts=12)
+    pairs["tweet"] = "post of " + pairs["conversation_id"]
+    seen = {}
+
+    def tune(self, tweets, replies, found, seed):
+        seen["encoder"] = {tweets[row] for row in (*found["better"], *found["worse"])}
+        return self
+
+    def train(self, standard, found, seed, held_out=0.15):
+        seen["networks"] = set(pairs["tweet"].iloc[[*found["better"], *found["worse"]]])
+
+    monkeypatch.setattr(TunedMiniLMBackbone, "tune", tune)
+    monkeypatch.setattr(EngagementRewardModel, "_train", train)
+    EngagementRewardModel("minilm-lora").fit(pairs, labels, seed=0)
+    assert seen["encoder"] and seen["networks"] and not seen["encoder"] & seen["networks"]
+    assert seen["encoder"] | seen["networks"] <= set(pairs["tweet"])
+
+
+def test_a_tuned_encoder_is_the_same_again_with_the_same_seed():
+    pairs, labels = make_pairs(n_posts=6, n_replies=4)
+    found = training_pairs(pairs["conversation_id"], pd.DataFrame({"residual": labels}))
+    texts = ["one reply", "another, longer reply"]
+    made = [TunedMiniLMBackbone(epochs=1, layers=1).tune(pairs["tweet"].tolist(), pairs["reply"].tolist(), found, seed)
+            .encode(texts) for seed in (3, 3, 4)]
+    assert np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+
+
+def test_a_viral_post_gives_the_causal_reward_no_more_pairs_than_another():
+    tokenizer = load_policy(ensure_policy("nano"))[1]
+    pairs, labels = make_pairs(n_posts=3, n_replies=12)
+    found = training_pairs(pairs["conversation_id"], pd.DataFrame({"residual": labels}))
+    rows = preference_dataset(pairs, found, tokenizer, pairs_per_post=2)
+    assert len(rows) == 6
+    value = {(tweet, reply): label for tweet, reply, label in zip(pairs["tweet"], pairs["reply"], labels, strict=True)}
+    text = {format_prompt(tweet, tokenizer) + clean_text(reply, tokenizer): label
+            for (tweet, reply), label in value.items()}
+    assert all(text[row["chosen"]] > text[row["rejected"]] for row in rows)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_misjudged_against_sorting_by_hand(values, n):
+    reward, truth = (np.array(column) for column in zip(*values, strict=True))
+    texts = pd.DataFrame({"tweet": "post", "reply": [f"reply {place}" for place in range(len(values))]})
+    found = misjudged(texts, reward, truth, n=n)
+    gap = rankdata(reward) / len(reward) - rankdata(truth) / len(truth)
+    over = sorted((value for value in gap if value > 0), reverse=True)[:n]
+    under = sorted(value for value in gap if value < 0)[:n]
+    assert np.allclose(found["gap"], [*over, *under])
+    assert found["kind"].tolist() == ["over-rated"] * len(over) + ["under-rated"] * len(under)
