@@ -101,7 +101,8 @@ rule policy:
 
 
 def warm_start(wildcards):
-    origin = ARMS[wildcards.arm].warm_start
+    chosen = parameters("train", wildcards.arm, int(wildcards.seed)).get("warm_start", "arm")
+    origin = ARMS[wildcards.arm].warm_start if chosen == "arm" else chosen
     return [] if origin == "base" else [f"train/{origin}/seed{wildcards.seed}/adapter/adapter_model.safetensors"]
 
 
