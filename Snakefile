@@ -16,7 +16,7 @@ from grpo_engage.runner import job_parameters
 NOTEBOOKS = Path(workflow.basedir) / "nbs"
 # The notebooks whose code decides what a stage writes, by their numbers; a change in one of them redoes the stage.
 NUMBERS = {"data": ["01", "02"], "heuristic_reward": ["03"], "reward_model": ["04"], "policy": ["05"],
-           "train": ["06", "07"], "evaluation": ["08", "09"], "paper": ["10"]}
+           "train": ["06", "07"], "evaluation": ["05d", "05e", "08", "09"], "paper": ["10"]}
 SOURCE = [config["stages"]["data"]["data_path"]] if config["stages"]["data"]["source"] == "file" else []
 JOB = f"exec {sys.executable} -m grpo_engage job"
 
@@ -101,7 +101,8 @@ rule policy:
 
 
 def warm_start(wildcards):
-    origin = ARMS[wildcards.arm].warm_start
+    chosen = parameters("train", wildcards.arm, int(wildcards.seed)).get("warm_start", "arm")
+    origin = ARMS[wildcards.arm].warm_start if chosen == "arm" else chosen
     return [] if origin == "base" else [f"train/{origin}/seed{wildcards.seed}/adapter/adapter_model.safetensors"]
 
 

@@ -45,7 +45,7 @@ from grpo_engage.scoring import (
     summary_table,
 )
 
-# nbdev's way to re-export: they are defined in 09a_metrics, and looked for here.
+# nbdev's way to re-export: they are defined in 05d_metrics, and looked for here.
 _all_ = ["distinct_n", "pass_at_k", "rouge_l", "self_bleu"]
 
 # %% ../nbs/09_evaluation.ipynb #c009

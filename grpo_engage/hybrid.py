@@ -15,11 +15,11 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau, theilslopes
 
 from . import policy, reward_model
+from .arm_training import train_arm
 from .core import ARM_COLOURS, child_seed, file_sha256, read_json, savefig, stage_manifest, style, write_json
 from .data import load_pairs
-from .grpo_trainer import train_grpo, train_supervised
 from .heuristic_reward import HeuristicReward
-from .objective import ARMS, trainable_arm
+from .objective import ARMS, Objective, trainable_arm
 from .policy import load_adapted, load_policy, read_policy, reply_nll
 from .reward_model import CombinedReward, EngagementRewardModel
 
@@ -83,7 +83,9 @@ def pilot_verdict(log: pd.DataFrame, level: float = 0.05) -> dict:
     """
     with_reward = log["reward"].notna().any()
     not_asked = {"answer": "not asked of this arm"}
-    loss = not_asked if with_reward else _trend(log, "loss", -1, level)
+    # with a diversity term the loss is a sum whose other part says nothing: the supervised part is asked
+    column = "supervised_loss" if log.get("supervised_loss", log["loss"] * float("nan")).notna().any() else "loss"
+    loss = not_asked if with_reward else _trend(log, column, -1, level)
     reward = _trend(log, "reward", +1, level) if with_reward else not_asked
     name, trend, question = ("reward", reward, "Is the reward rising?") if with_reward else (
         "loss", loss, "Is the loss falling?")
@@ -102,7 +104,8 @@ def curves_figure(log: pd.DataFrame, arm: str) -> Figure:
     if log["reward"].notna().any():
         panels = [("reward", "mean reward"), ("kl", "KL to warm start (nats per reply)"),
                   ("entropy", "entropy (nats per token)"), ("mean_length", "reply length (tokens)")]
-    panels = [(column, label) for column, label in panels if log[column].notna().any()]
+    panels += [("diversity", "diversity of the groups")]
+    panels = [(column, label) for column, label in panels if column in log and log[column].notna().any()]
     figure = Figure(figsize=(2.5 * len(panels), 2.2), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.plot(log["step"], log[column], color=ARM_COLOURS[arm], alpha=0.35, linewidth=1)
@@ -127,10 +130,20 @@ def _heldout_nll(base, adapter: Path | None, quantization: str, replies: pd.Data
     return float(table["nll"].sum() / table["n_tokens"].sum())
 
 
+def _half(examples: pd.DataFrame, second: bool) -> pd.DataFrame:
+    """One half of the conversations; the same halves for every arm and seed."""
+    mine = [child_seed(0, "phase", str(name)) % 2 == int(second) for name in examples["conversation_id"]]
+    return examples[mine]
+
+
 def train_stage(
-    run_dir: Path, *, arm: str = "baseline", max_steps: int = 3, learning_rate_supervised: float = 1e-3,
+    run_dir: Path, *, arm: str = "baseline", warm_start: str = "arm", phase_split: str = "same", alpha: float = -1.0,
+    beta: float = -1.0, lam: float = -1.0, max_steps: int = 3, learning_rate_supervised: float = 1e-3,
     learning_rate_policy: float = 5e-4, batch_size: int = 16, posts_per_step: int = 4, num_generations: int = 4,
-    max_new_tokens: int = 28, kl_weight: float = 0.02, loss_type: str = "dapo", micro_batch_size: int = 64,
+    max_new_tokens: int = 28, temperature: float = 1.0, advantage: str = "group", max_k: int = 0,
+    reward_pass_threshold: float = 0.0, diversity_metric: str = "self_bleu", advantage_clip: float = 10.0,
+    policy_every: int = 1, kl_weight: float = 0.02, loss_type: str = "dapo", micro_batch_size: int = 64,
+    gradient_accumulation: int = 0, gradient_checkpointing: bool = False,
     lora_r: int = 16, reward: str = "combined", reward_weight_learned: float = 0.6,
     reward_penalty: float = 0.0, allow_unvalidated_reward: bool = False, save_steps: int = 10,
     validation_replies: int = 48, report_to: str = "none", seed: int = 0,
@@ -142,34 +155,46 @@ def train_stage(
     """
     run_dir = Path(run_dir)
     parameters = {name: value for name, value in locals().items() if name != "run_dir"}
-    setting, term = trainable_arm(arm)
+    setting, _ = trainable_arm(arm)
+    weights = zip((alpha, beta, lam), (setting.alpha, setting.beta, setting.lam), strict=True)
+    objective = Objective(*(own if given == -1 else given for given, own in weights))
+    origin = setting.warm_start if warm_start == "arm" else warm_start
+    if origin == arm:
+        raise ValueError(f"arm {arm!r} cannot start from itself: warm_start={warm_start!r}")
     folder = run_dir / "train" / arm / f"seed{seed}"
-    warm_start = None if setting.warm_start == "base" else (
-        run_dir / "train" / setting.warm_start / f"seed{seed}" / "adapter")
+    start = None if origin == "base" else run_dir / "train" / origin / f"seed{seed}" / "adapter"
     inputs = [run_dir / "data" / "pairs.parquet", run_dir / "policy" / "policy.json",
-              run_dir / "reward_model" / "labels.parquet", *([warm_start] if warm_start else [])]
+              run_dir / "reward_model" / "labels.parquet", *([start] if start else [])]
     with stage_manifest(folder, "train", parameters, inputs) as manifest:
         pairs, base, facts = load_pairs(run_dir), read_policy(run_dir), read_json(inputs[1])
         heldout = _references(run_dir, pairs, "validation")
         heldout = heldout.sample(min(validation_replies, len(heldout)), random_state=child_seed(seed, "heldout"))
-        before = _heldout_nll(base, warm_start, facts["quantization"], heldout)
-        shared = dict(max_steps=max_steps, micro_batch_size=micro_batch_size, lora_rank=lora_r, save_steps=save_steps,
-                      seed=child_seed(seed, "train", arm), quantization=facts["quantization"], report_to=report_to,
-                      base_name=facts["name"])
-        if term == "supervised":
-            examples = _references(run_dir, pairs, "policy")
-            manifest["counts"] = {"references": len(examples), "posts": examples["conversation_id"].nunique()}
-            log = train_supervised(base, examples, folder, learning_rate=learning_rate_supervised,
-                                   batch_size=batch_size, **shared)
-        else:
-            posts = pairs[pairs["split"] == "policy"].drop_duplicates("conversation_id").sort_values("row")
-            manifest["counts"] = {"posts": len(posts), "replies_sampled": max_steps * posts_per_step * num_generations}
-            score, manifest["reward"], manifest["reward_validated"] = training_reward(
+        before = _heldout_nll(base, start, facts["quantization"], heldout)
+        generates, score, identifier = bool(objective.beta or objective.lam), None, ""
+        examples = (_references(run_dir, pairs, "policy") if objective.alpha else
+                    pairs[pairs["split"] == "policy"].drop_duplicates("conversation_id").sort_values("row"))
+        if phase_split == "disjoint":
+            examples = _half(examples, second=bool(objective.beta))
+        manifest["counts"] = {"examples": len(examples), "posts": examples["conversation_id"].nunique(),
+                              "replies_sampled": -(-max_steps // policy_every) * posts_per_step * num_generations
+                              if generates else 0}
+        manifest["objective"] = {"alpha": objective.alpha, "beta": objective.beta, "lam": objective.lam,
+                                 "warm_start": origin}
+        if objective.beta:
+            score, identifier, manifest["reward_validated"] = training_reward(
                 run_dir, reward, reward_weight_learned, reward_penalty, allow_unvalidated_reward)
-            log = train_grpo(base, posts["tweet"], score, folder, reward_id=manifest["reward"], warm_start=warm_start,
-                             learning_rate=learning_rate_policy, posts_per_step=posts_per_step,
-                             num_generations=num_generations, max_new_tokens=max_new_tokens, kl_weight=kl_weight,
-                             loss_type=loss_type, **shared)
+            manifest["reward"] = identifier
+        options = dict(max_new_tokens=max_new_tokens, posts_per_step=posts_per_step, num_generations=num_generations,
+                       temperature=temperature, advantage=advantage, max_k=max_k, advantage_clip=advantage_clip,
+                       diversity_metric=diversity_metric, policy_every=policy_every, kl_weight=kl_weight,
+                       pass_threshold=reward_pass_threshold, loss_type=loss_type) if generates else {}
+        log = train_arm(
+            base, examples, folder, objective=objective, reward=score, reward_id=identifier, warm_start=start,
+            learning_rate=learning_rate_policy if objective.beta else learning_rate_supervised, max_steps=max_steps,
+            batch_size=batch_size, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
+            gradient_checkpointing=gradient_checkpointing, lora_rank=lora_r, save_steps=save_steps,
+            seed=child_seed(seed, "train", arm), quantization=facts["quantization"], report_to=report_to,
+            base_name=facts["name"], label=arm, **options)
         verdict = pilot_verdict(log) | {"heldout_nll": {
             "before": before, "after": _heldout_nll(base, folder / "adapter", facts["quantization"], heldout),
             "replies": len(heldout), "unit": "nats per token, validation references"}}

@@ -26,15 +26,12 @@ class Objective:
         if not any(weights.values()):
             raise ValueError("Objective: all three weights are 0, so there is nothing to train")
 
-    def single_term(self) -> str:
-        """Which term: "supervised" for (1, 0, 0), "grpo" for (0, 1, 0); else NotImplementedError (this version)."""
-        known = {(1.0, 0.0, 0.0): "supervised", (0.0, 1.0, 0.0): "grpo"}
-        term = known.get((float(self.alpha), float(self.beta), float(self.lam)))
-        if term is None:
-            raise NotImplementedError(
-                f"alpha={self.alpha}, beta={self.beta}, lam={self.lam}: this version trains only (1, 0, 0) and "
-                "(0, 1, 0), one term without diversity; mixtures need the single ReplyTrainer, which is not here yet")
-        return term
+    def terms(self) -> str:
+        """Which terms are trained: "supervised" for lone alpha, "grpo" for lone beta, "diversity" for lone lam, else
+        "mixture"."""
+        on = [name for name, weight in (("supervised", self.alpha), ("grpo", self.beta), ("diversity", self.lam))
+              if weight]
+        return on[0] if len(on) == 1 else "mixture"
 
 # %% ../nbs/05c_objective.ipynb #c008
 @dataclass(frozen=True)
@@ -53,14 +50,7 @@ ARMS = {
 
 
 def trainable_arm(name: str) -> tuple[Arm, str]:
-    """The arm called `name` and the term it trains ("supervised" or "grpo").
-
-    Raises: ValueError for an unknown name, NotImplementedError for an arm that this version cannot train; it is never
-    replaced by a simpler one.
-    """
+    """The arm called `name` and the terms it trains (see `Objective.terms`). Raises: ValueError for an unknown name."""
     if name not in ARMS:
         raise ValueError(f"arm={name!r} is unknown; the arms are {', '.join(ARMS)}")
-    try:
-        return ARMS[name], ARMS[name].single_term()
-    except NotImplementedError as error:
-        raise NotImplementedError(f"arm {name!r} cannot be trained yet: {error}") from None
+    return ARMS[name], ARMS[name].terms()

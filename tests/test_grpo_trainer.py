@@ -9,17 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from grpo_engage.arm_training import RewardError, largest_divisor, make_grpo_trainer, train_grpo, train_supervised
 from grpo_engage.base_models import ensure_policy
 from grpo_engage.core import file_sha256
-from grpo_engage.grpo_trainer import (
-    Objective,
-    RewardError,
-    group_advantage,
-    largest_divisor,
-    make_grpo_trainer,
-    train_grpo,
-    train_supervised,
-)
+from grpo_engage.grpo_trainer import Objective, group_advantage
 from grpo_engage.hybrid import ARMS, pilot_verdict, train_stage, trainable_arm
 from grpo_engage.policy import load_policy, reply_nll
 from grpo_engage.simulator import simulate_pairs
@@ -85,19 +78,13 @@ def test_objective_refuses(weights):
         Objective(*weights)
 
 
-def test_only_single_terms_train():
-    assert [trainable_arm(name)[1] for name in ("baseline", "grpo")] == ["supervised", "grpo"]
+def test_all_four_arms_are_settings_of_one_objective(tmp_path):
+    assert [trainable_arm(name)[1] for name in ARMS] == ["supervised", "mixture", "grpo", "mixture"]
     assert ARMS["grpo"].warm_start == "baseline" and ARMS["hybrid"].lam == 0.2 and ARMS["polychromic"].lam == 0.3
-    for name in ("polychromic", "hybrid"):
-        with pytest.raises(NotImplementedError, match=name):
-            trainable_arm(name)
     with pytest.raises(ValueError, match="'rgpo'"):
         trainable_arm("rgpo")
-
-
-def test_an_arm_of_a_later_version_leaves_nothing_behind(tmp_path):
-    with pytest.raises(NotImplementedError, match="hybrid"):
-        train_stage(tmp_path, arm="hybrid")
+    with pytest.raises(ValueError, match="start from itself"):
+        train_stage(tmp_path, arm="polychromic", warm_start="polychromic")
     assert not list(tmp_path.iterdir())
 
 
@@ -204,7 +191,7 @@ def test_bad_sizes_are_refused(base, pairs, tmp_path):
     with pytest.raises(ValueError, match="at least 2"):
         make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, num_generations=1, **options)
     with pytest.raises(ValueError, match="report_to"):
-        make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, report_to="wandb", **options)
+        make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, report_to="mlflow", **options)
     assert [largest_divisor(64, 64), largest_divisor(64, 24), largest_divisor(7, 4)] == [64, 16, 1]
 
 
