@@ -46,6 +46,8 @@ def vendi(vectors: np.ndarray | sp.spmatrix) -> float:
     out; NaN when none is left. Raises ValueError for anything but a finite matrix.
     """
     table = sp.csr_matrix(vectors) if sp.issparse(vectors) else np.asarray(vectors, dtype=float)
+    if sp.issparse(table) and table.shape[0] * table.shape[1] < 1_000_000:
+        table = table.toarray()  # for a small set sparse bookkeeping costs more than it saves
     if table.ndim != 2 or not np.isfinite(table.data if sp.issparse(table) else table).all():
         raise ValueError(f"vendi: vectors must be a finite (n, d) matrix, got shape {table.shape}")
     length = np.sqrt(np.asarray(table.multiply(table).sum(1) if sp.issparse(table) else (table**2).sum(1))).ravel()

@@ -12,7 +12,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import entropy
 
 from grpo_engage.evaluation import CopiedSpans, ead, ngram_vectors, safety_flags, semantic_diversity, vendi
-from grpo_engage.metrics import words
+from grpo_engage.metrics import _WORD, words
 
 text = st.one_of(st.text(max_size=40), st.lists(st.sampled_from("a b c the 👍 да 日本 , it's".split()),
                                                 max_size=12).map(" ".join))
@@ -92,3 +92,9 @@ def test_semantic_diversity_refuses_and_is_nan_for_one():
     assert semantic_diversity([[1, 0], [0, 1], [-1, 0]]) == pytest.approx((1 + 1 + 2) / 3)
     with pytest.raises(ValueError, match="no row of zeros"):
         semantic_diversity([[0.0, 0.0], [1.0, 0.0]])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.characters(max_codepoint=0x7F), max_size=30))
+def test_the_fast_way_through_ascii_finds_the_same_words(ascii_text):
+    assert words(ascii_text) == _WORD.findall(ascii_text.casefold())
