@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['posts_with_replies', 'choose_posts', 'generate_part', 'score_generations', 'plot_pass_curves',
-           'plot_quality_diversity', 'evaluation_stage', 'demo', 'distinct_n', 'pass_at_k', 'rouge_l', 'self_bleu']
+           'plot_quality_diversity', 'evaluation_stage', 'demo', 'distinct_n', 'pass_at_k', 'rouge_l', 'self_bleu',
+           'CopiedSpans', 'ead', 'ngram_vectors', 'safety_flags', 'semantic_diversity', 'vendi']
 
 # %% ../nbs/09_evaluation.ipynb #c003
 import hashlib
@@ -44,9 +45,18 @@ from grpo_engage.scoring import (
     score_replies,
     summary_table,
 )
+from grpo_engage.text_metrics import (  # noqa: F401
+    CopiedSpans,
+    ead,
+    ngram_vectors,
+    safety_flags,
+    semantic_diversity,
+    vendi,
+)
 
-# nbdev's way to re-export: they are defined in 05d_metrics, and looked for here.
-_all_ = ["distinct_n", "pass_at_k", "rouge_l", "self_bleu"]
+# nbdev's way to re-export: they are defined in 05d_metrics and 09c_text_metrics, and looked for here.
+_all_ = ["distinct_n", "pass_at_k", "rouge_l", "self_bleu", "CopiedSpans", "ead", "ngram_vectors", "safety_flags",
+         "semantic_diversity", "vendi"]
 
 # %% ../nbs/09_evaluation.ipynb #c009
 def posts_with_replies(pairs: pd.DataFrame, split: str) -> pd.DataFrame:

@@ -7,20 +7,20 @@ __all__ = ['BLEU_ORDER', 'BLEU_EPSILON', 'words', 'pass_at_k', 'ngrams', 'self_b
 
 # %% ../nbs/05d_metrics.ipynb #c002
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import regex
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
 
 # %% ../nbs/05d_metrics.ipynb #c007
 # Scripts written without spaces are cut into characters (as sacrebleu does for Chinese): longest alternatives first.
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _LETTERS = rf"(?:(?!{_UNSPACED})[\w\p{{M}}])+"
+_PLAIN_WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]", re.ASCII)
 _WORD = regex.compile(rf"{_UNSPACED}\p{{M}}*|{_LETTERS}(?:['’]{_LETTERS})*|(?!\s)\X")
 
 
@@ -28,7 +28,15 @@ def words(text: str) -> list[str]:
     """Case-folded words, single characters of unspaced scripts, and single symbols or emoji of `text`, in order."""
     if not isinstance(text, str):
         raise TypeError(f"words: text must be a string, got {type(text).__name__}; replace missing texts by ''")
-    return _WORD.findall(text.casefold())
+    return list(_cut(text))
+
+
+@lru_cache(maxsize=16_384)
+def _cut(text: str) -> tuple[str, ...]:
+    """`words` of a text, remembered: each metric asks again for the same replies."""
+    # Plain ASCII has no marks, unspaced scripts or clusters: the same words from Python's own, faster, re.
+    plain = text.isascii() and text.isprintable()
+    return tuple((_PLAIN_WORD if plain else _WORD).findall(text.casefold()))
 
 # %% ../nbs/05d_metrics.ipynb #c011
 def pass_at_k(n: npt.ArrayLike, c: npt.ArrayLike, k: npt.ArrayLike) -> float | np.ndarray:
@@ -69,18 +77,30 @@ def ngrams(tokens: Sequence[str], n: int) -> Counter:
     return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
 
 
-def _clipped_matches(counts: Sequence[Counter]) -> list[int]:
-    """For each text: its n-gram counts clipped at the largest count in any *other* text, summed (BLEU's numerator)."""
-    largest: dict = {}  # n-gram -> (largest count, who has it, second largest count)
-    for owner, counter in enumerate(counts):
-        for gram, count in counter.items():
-            best, who, second = largest.get(gram, (0, -1, 0))
-            largest[gram] = (count, owner, best) if count > best else (best, who, max(second, count))
-    matches = []
-    for owner, counter in enumerate(counts):
-        others = ((count, largest[gram]) for gram, count in counter.items())
-        matches.append(sum(min(count, second if who == owner else best) for count, (best, who, second) in others))
-    return matches
+def _clipped_matches(tokens: Sequence[Sequence[str]]) -> Iterator[np.ndarray]:
+    """For order 1, 2, ... BLEU_ORDER and each text: its n-gram counts clipped at the largest count in any *other* text,
+    summed (BLEU's numerator), (texts,)."""
+    number: dict = {}
+    word = np.array([number.setdefault(word, len(number)) for cut in tokens for word in cut], dtype=np.int64)
+    lengths = np.array([len(cut) for cut in tokens])
+    owner = np.repeat(np.arange(len(tokens)), lengths)
+    room = np.repeat(np.cumsum(lengths), lengths) - np.arange(len(word))  # words from here to the end of the text
+    start, gram = np.arange(len(word)), word  # where each n-gram starts, and its number
+    for order in range(1, BLEU_ORDER + 1):
+        if order > 1:
+            fits = room[start] >= order
+            start = start[fits]
+            pair = gram[fits] * len(number) + word[start + order - 1]
+            gram = np.unique(pair, return_inverse=True)[1]
+        entry, count = np.unique(gram * len(tokens) + owner[start], return_counts=True)
+        kind, text = np.divmod(entry, len(tokens))
+        by_count = np.lexsort((count, kind))
+        kind, text, count = kind[by_count], text[by_count], count[by_count]
+        # Last in its kind: the text with the largest count. For it alone, the others' largest is the second largest.
+        is_last = np.append(kind[1:] != kind[:-1], True)[: len(kind)]
+        largest = count[is_last][np.cumsum(is_last) - is_last]
+        second = np.where(np.append(True, is_last[:-1])[: len(kind)], 0, np.append(0, count[:-1])[: len(kind)])
+        yield np.bincount(text, np.minimum(count, np.where(is_last, second, largest)), minlength=len(tokens))
 
 
 def _closest_other_length(lengths: Sequence[int]) -> list[int]:
@@ -95,13 +115,6 @@ def _closest_other_length(lengths: Sequence[int]) -> list[int]:
     return closest
 
 
-@lru_cache(maxsize=8192)  # leaving out each text of a group in turn asks for the same counts again and again
-def _counted(text: str) -> tuple[int, tuple[Counter, ...]]:
-    """Number of words of `text`, and its n-gram counts for n = 1 ... BLEU_ORDER (shared: not to be changed)."""
-    tokens = words(text)
-    return len(tokens), tuple(ngrams(tokens, order) for order in range(1, BLEU_ORDER + 1))
-
-
 def self_bleu(texts: Sequence[str]) -> float:
     """Mean BLEU-4 of each text against all the others, in [0, 1]: 1 for copies, near 0 for texts that share nothing.
 
@@ -110,13 +123,12 @@ def self_bleu(texts: Sequence[str]) -> float:
     to compare and the answer is NaN. Metric: Zhu et al. 2018 (arXiv 1802.01886); BLEU: Papineni et al. 2002.
     """
     # Own code, not nltk's sentence_bleu: that is quadratic in the number of texts (1,000 samples take minutes).
-    counted = [cut for cut in map(_counted, texts) if cut[0]]
-    if len(counted) < 2:
+    tokens = [cut for cut in map(words, texts) if cut]
+    if len(tokens) < 2:
         return math.nan
-    lengths = [length for length, _ in counted]
-    log_precision, effective = np.zeros(len(counted)), np.minimum(lengths, BLEU_ORDER)
-    for order in range(1, BLEU_ORDER + 1):
-        matches = np.array(_clipped_matches([grams[order - 1] for _, grams in counted]), dtype=float)
+    lengths = [len(cut) for cut in tokens]
+    log_precision, effective = np.zeros(len(tokens)), np.minimum(lengths, BLEU_ORDER)
+    for order, matches in enumerate(_clipped_matches(tokens), start=1):
         if order == 1:
             shares_a_word = matches > 0
         possible = np.maximum(np.array(lengths) - order + 1, 1)
@@ -139,22 +151,28 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     return len(pooled) / pooled.total() if pooled else math.nan
 
 # %% ../nbs/05d_metrics.ipynb #c031
-class _Words(Tokenizer):
-    """`words` behind the interface of rouge-score, whose own tokenizer deletes everything outside a-z and 0-9."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
-
-
-_ROUGE = RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Words())
+def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
+    """Length of the longest common subsequence, bit-parallel (Hyyrö 2004, Bit-parallel LCS-length computation)."""
+    positions: dict = {}
+    for index, word in enumerate(first):
+        positions[word] = positions.get(word, 0) | 1 << index
+    full = (1 << len(first)) - 1
+    row = full
+    for word in second:
+        here = row & positions.get(word, 0)
+        row = (row + here | row - here) & full
+    return len(first) - row.bit_count()
 
 
 def rouge_l(text: str, references: Sequence[str]) -> float:
-    """ROUGE-L F1 of `text` against its best-matching reference, in [0, 1] (Lin 2004; rouge-score, no stemming).
+    """ROUGE-L F1 of `text` against its best-matching reference, in [0, 1] (Lin 2004; no stemming; words by `words`).
 
     References without a word are left out; NaN when none is left. A text without a word overlaps with nothing: 0.
     """
     if isinstance(references, str):
         raise TypeError("rouge_l: references must be a list of strings, got one string")
-    usable = [reference for reference in references if words(reference)]
-    return float(_ROUGE.score_multi(usable, text)["rougeL"].fmeasure) if usable else math.nan
+    cut, usable = words(text), [reference for reference in map(words, references) if reference]
+    if not usable:
+        return math.nan
+    # F1 of matches/len(cut) and matches/len(reference)
+    return max(2 * _common_subsequence(cut, reference) / (len(cut) + len(reference)) for reference in usable)
