@@ -5,10 +5,12 @@
 `offset`, `residual`, `window` and `none` are the ways to keep circumstances out of the labels, with the run's own
 backbone: features are made once, so only the networks differ. `minilm-lora` tunes the sentence encoder; `causal` trains
 the run's base policy through TRL's RewardTrainer. --posts: train on that many posts of the split `reward` (0: all).
+--event NAME: train without that event (meta.event), judge on it alone. --backbone: instead of the run's own.
 Everything is judged on the split `validation`; `test` is not touched. Writes ways.csv into OUT.
 """
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--ways", default=",".join(CONTROLS))
     parser.add_argument("--posts", type=int, default=0)
+    parser.add_argument("--event", default="")
+    parser.add_argument("--backbone", default="")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=3, help="of the encoder's tuning and of the causal model")
     given = parser.parse_args()
@@ -55,6 +59,11 @@ def main() -> None:
     used = read_json(given.run / "reward_model" / "manifest.json")["parameters"]
     held = pairs[pairs["split"] == "validation"].join(labels.drop(columns="row")).dropna(subset=["engagement"])
     train = pairs[(pairs["split"] == "reward") & np.isfinite(labels["engagement"])]
+    if given.event:
+        event = pairs["meta"].map(lambda text: json.loads(text).get("event") if isinstance(text, str) else None)
+        if not (event == given.event).any():
+            raise SystemExit(f"no row has meta.event {given.event!r}; there are {sorted(set(event.dropna()))}")
+        held, train = held[event[held.index] == given.event], train[event[train.index] != given.event]
     if given.posts:
         posts = np.random.default_rng(child_seed(given.seed, "posts")).permutation(train["conversation_id"].unique())
         train = train[train["conversation_id"].isin(posts[:given.posts])]
@@ -71,7 +80,7 @@ def main() -> None:
             model = train_causal_reward(read_policy(given.run), train, own, given.out / "causal", epochs=given.epochs,
                                         seed=given.seed)
         elif way in CONTROLS:
-            model = EngagementRewardModel(used["reward_backbone"], control=way, **options)
+            model = EngagementRewardModel(given.backbone or used["reward_backbone"], control=way, **options)
             if first is None:
                 first = model.fit(train, own, given.seed)
                 standard = first.features(train["tweet"].tolist(), train["reply"].tolist())
