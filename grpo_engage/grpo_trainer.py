@@ -200,6 +200,16 @@ class ReplyTrainer(GRPOTrainer):
                 metrics[name].append(value * parts / float(share))
         return total * processes / share
 
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *others, **named):
+        if not self.exact:
+            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, logits_to_keep,
+                                                              *others, **named)
+        # TRL's fused head keeps log-probabilities in float32, whatever the model's dtype is: errors of 1e-7
+        logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        logp = logits[:, -logits_to_keep - 1 : -1].log_softmax(dim=-1)
+        chosen = logp.gather(-1, input_ids[:, -logits_to_keep:, None]).squeeze(-1)
+        return chosen, -(logp.exp() * logp).sum(dim=-1), None
+
     def log(self, logs: dict, start_time: float | None = None) -> None:
         if "loss" in logs:  # the names that the strategy asked for, beside TRL's own
             metrics = self._metrics["train"]

@@ -14,9 +14,11 @@ import time
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import pandas as pd
 from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from .core import atomic_folder, read_json, say, write_csv, write_json
@@ -89,6 +91,21 @@ class WarnOfTrouble(TrainerCallback):
                 say(f"{self.label}: WARNING at step {state.global_step}: " + text.format(values[name]))
 
 # %% ../nbs/05b_training_loop.ipynb #c011
+def _broken(checkpoint: Path) -> str:
+    """What is wrong with the files of `checkpoint`; "" when they can all be read."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
+            weights.keys()
+        for name in ("optimizer.pt", "scheduler.pt"):  # torch's format is a zip with checksums
+            with ZipFile(checkpoint / name) as archive:
+                if damaged := archive.testzip():
+                    return f"{name}: {damaged} is damaged"
+    except (OSError, ValueError, BadZipFile, SafetensorError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def prepare_checkpoints(folder: Path, settings: Mapping) -> str | None:
     """Make `folder` ready for a run with `settings` and return its last whole checkpoint, or None.
 
@@ -105,12 +122,12 @@ def prepare_checkpoints(folder: Path, settings: Mapping) -> str | None:
     write_json(owner, {"digest": digest, "settings": settings})
     whole = {}
     for path in folder.glob("checkpoint-*"):
-        try:
-            whole[int(path.name.split("-")[1])] = (path, json.loads((path / "trainer_state.json").read_text()))
-        except (OSError, ValueError):
-            say(f"{path.name}: was cut off while being written, removed")
+        if problem := _broken(path):
+            say(f"{path.name}: was cut off or damaged ({problem}), removed; the one before is taken")
             shutil.rmtree(path)
-    return str(whole[max(whole)][0]) if whole else None
+        else:
+            whole[int(path.name.split("-")[1])] = path
+    return str(whole[max(whole)]) if whole else None
 
 # %% ../nbs/05b_training_loop.ipynb #c014
 # our column: TRL's or the Trainer's name for it
