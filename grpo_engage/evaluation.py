@@ -33,6 +33,7 @@ from grpo_engage.core import (
     write_json,
     write_parquet,
 )
+from .decision import beside_projection, compare_arms, decide, recommend
 from .metrics import distinct_n, pass_at_k, rouge_l, self_bleu  # noqa: F401
 from .policy import generate_replies, load_adapted, load_policy, read_policy
 from grpo_engage.scoring import (
@@ -114,7 +115,8 @@ def score_generations(run_dir: Path, *, judge: str = "auto", target_pass_at_10: 
                       seed: int = 0) -> pd.DataFrame:
     """Score run_dir/evaluation/generations.parquet (no policy needed); returns and writes metrics.csv.
 
-    Also writes pass.json, scores.parquet, comparisons.csv, curves.csv and notes.csv into run_dir/evaluation.
+    Also writes into run_dir/evaluation: pass.json, scores.parquet, curves.csv, notes.csv, comparisons.csv (over posts),
+    comparisons_by_seed.csv (over posts and seeds), decision.csv, projected.csv and recommendation.txt.
     """
     run_dir = Path(run_dir)
     folder = run_dir / "evaluation"
@@ -143,6 +145,13 @@ def score_generations(run_dir: Path, *, judge: str = "auto", target_pass_at_10: 
     table, notes = summary_table(by_post, n_boot, seed)
     write_csv(folder / "metrics.csv", table)
     write_csv(folder / "comparisons.csv", compare_with_baseline(by_post, n_boot, seed))
+    write_csv(folder / "comparisons_by_seed.csv", pd.DataFrame(
+        {"arm": arm, "versus": "baseline", "metric": metric} | compare_arms(by_post, arm, "baseline", metric)
+        for metric in by_post["metric"].unique() for arm in by_post["arm"].unique() if arm != "baseline"))
+    decision = decide(by_post)
+    write_csv(folder / "decision.csv", decision)
+    write_csv(folder / "projected.csv", beside_projection(by_post))
+    (folder / "recommendation.txt").write_text(recommend(decision) + "\n", encoding="utf-8")
     write_csv(folder / "curves.csv", pass_curves(test, n_boot, seed))
     notes = frozen["warnings"] + notes
     write_csv(folder / "notes.csv", pd.DataFrame({"note": notes}, dtype=str))
