@@ -144,7 +144,7 @@ def train_stage(
     reward_pass_threshold: float = 0.0, diversity_metric: str = "self_bleu", advantage_clip: float = 10.0,
     policy_every: int = 1, kl_weight: float = 0.02, loss_type: str = "dapo", micro_batch_size: int = 64,
     gradient_accumulation: int = 0, gradient_checkpointing: bool = False,
-    lora_r: int = 16, reward: str = "combined", reward_weight_learned: float = 0.6,
+    lora_r: int = 16, reward: str = "combined", reward_weight_learned: float = 0.8,
     reward_penalty: float = 0.0, allow_unvalidated_reward: bool = False, save_steps: int = 10,
     validation_replies: int = 48, report_to: str = "none", seed: int = 0,
 ) -> pd.DataFrame:

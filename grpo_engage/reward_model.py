@@ -55,7 +55,7 @@ class CombinedReward:
     (tweets, replies) -> (n,) in [0, 1]. Raises TypeError for a model that is no EngagementRewardModel."""
 
     def __init__(self, model: EngagementRewardModel,
-                 heuristic: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None, w_learned: float = 0.6,
+                 heuristic: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None, w_learned: float = 0.8,
                  penalty: float = 0.0):
         if not isinstance(model, EngagementRewardModel):
             raise TypeError(f"a training reward reads text alone: {type(model).__name__} is no EngagementRewardModel")

@@ -53,7 +53,7 @@ def engagement_scorers(run_dir: Path, judge: str, is_simulated: bool,
         raise ValueError(f"judge must be auto, gold or model, got {judge!r}")
     if judge == "gold" and not is_simulated:
         raise ValueError("judge='gold' is the simulator's own truth and knows no other data; use judge='model'")
-    kind, weight = "combined", 0.6
+    kind, weight = "combined", 0.8
     for arm, seed in trained:
         manifest = run_dir / "train" / arm / f"seed{seed}" / "manifest.json"
         if manifest.exists() and "reward" in (facts := read_json(manifest)):
