@@ -119,7 +119,8 @@ def log_probabilities(model, replies, prompt=(1, 2)) -> torch.Tensor:
     """log pi(reply | prompt) of each reply, by a plain forward pass."""
     sums = []
     for reply in replies:
-        logits = model(torch.tensor([[*prompt, *reply]])).logits[0, len(prompt) - 1 : -1]
+        ids = torch.tensor([[*prompt, *reply]])
+        logits = model(ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1]
         sums.append(logits.log_softmax(-1)[torch.arange(len(reply)), torch.tensor(reply)].sum())
     return torch.stack(sums)
 
@@ -191,11 +192,14 @@ def grid(lengths=(2, 3), sizes=(2, 3)):
 def biases(length: int = 3, k: int = 2):
     """What the scaled defaults do to the direction: cosine of expected and exact gradient of mean reward."""
     for loss_type in ("dr_grpo", "grpo", "bnpo", "dapo"):
-        for advantage in ("leave_one_out", "group"):
-            trainer = make(length, k, Objective(0.0, 1.0, 0.0), advantage=advantage, loss_type=loss_type)
+        # a floor above every root mean square: divided by a constant, which is no scaling at all
+        for label, settings in (("leave_one_out, unscaled", {"advantage": "leave_one_out", "rms_floor": 1e3}),
+                                ("leave_one_out, batch RMS", {"advantage": "leave_one_out"}),
+                                ("group", {"advantage": "group"})):
+            trainer = make(length, k, Objective(0.0, 1.0, 0.0), loss_type=loss_type, **settings)
             wanted = exact(trainer, length, k, Objective(0.0, 1.0, 0.0), None, None)
             got = expected(trainer, length, k)
-            yield loss_type, advantage, float(got @ wanted / got.norm() / wanted.norm())
+            yield loss_type, label, float(got @ wanted / got.norm() / wanted.norm())
 
 
 def main() -> int:
