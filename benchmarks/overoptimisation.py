@@ -4,7 +4,7 @@
 
 Samples replies to validation posts from the base policy of the run, scores them with the heuristic, the learned, the
 combined (several weights) and the penalised reward, and writes curves.csv, peaks.csv, paired.csv (each reward against
-the mixture 0.6 / 0.4, post by post), replies.csv (the most over-rated and under-rated replies with their components) and
+the mixture 0.6 / 0.4, post by post), replies.csv (the most over- and under-rated replies with their components) and
 curves.{pdf,png} into OUT. Judges: the judge model and, on simulated data, gold appeal. The test split is not touched.
 """
 

@@ -342,7 +342,7 @@ def test_beat_probability_against_a_loop():
 def test_combined_reward_is_the_weighted_mean(trained):
     tweets, replies = ["news about the rain"] * 3, ["", "bread rain?", "news about the rain"]
     heuristic = heuristic_reward.HeuristicReward()
-    expected = 0.6 * trained.score(tweets, replies) + 0.4 * heuristic(tweets, replies)
+    expected = 0.8 * trained.score(tweets, replies) + 0.2 * heuristic(tweets, replies)
     np.testing.assert_allclose(CombinedReward(trained, heuristic)(tweets, replies), expected)
     assert CombinedReward(trained)([], []).shape == (0,)
     with pytest.raises(ValueError, match="w_learned"):
