@@ -18,7 +18,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 help:
 	@echo "make paper [RUN=name]                  run the embedded default (or take the run NAME) and make its paper"
 	@echo "make test                              all tests"
-	@echo "make proofs                            the trainer's gradient proved by enumeration"
+	@echo "make proofs                            coverage of the intervals, the trainer's gradient by enumeration"
 	@echo "make run PRESET=name [DATA=file] [RUN=name] [ARGS=\"-p name=value\"]"
 	@echo "make lab                               the notebooks in JupyterLab"
 	@echo "make list                              the runs with status, time and headline numbers"
@@ -65,8 +65,9 @@ test: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --timing
 	$(BIN)/python -m pytest -q --durations=15
 
-# The gradient of the trainer against the exact one, by enumeration: minutes; leaves proofs/*.csv
+# The coverage of the intervals (a minute), then the trainer's gradient by enumeration (long); leaves proofs/*.csv
 proofs: $(READY)
+	$(BIN)/python proofs/coverage.py
 	$(BIN)/python proofs/gradient.py
 
 clean:
