@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -62,11 +63,20 @@ def test_notebook_is_committed_without_outputs_on_the_common_kernel(path):
     assert not any("eval: false" in "".join(cell["source"]) for cell in notebook["cells"])
 
 
+@pytest.fixture(scope="module")
+def imported():
+    """Each module imported by an interpreter of its own, two at a time: seconds each, for torch and transformers."""
+    def run(name):
+        program = f"import grpo_engage.{name}, sys; assert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules"
+        return name, subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(run, [*MODULES, "__main__"]))
+
+
 @pytest.mark.parametrize("name", [*MODULES, "__main__"])
-def test_module_imports_alone(name):
-    program = f"import grpo_engage.{name}, sys; assert 'nbdev' not in sys.modules and 'fastcore' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_module_imports_alone(name, imported):
+    assert imported[name].returncode == 0, imported[name].stderr
 
 
 @pytest.mark.parametrize("name", MODULES)
