@@ -83,11 +83,10 @@ def main() -> None:
             model = EngagementRewardModel(given.backbone or used["reward_backbone"], control=way, **options)
             if first is None:
                 first = model.fit(train, own, given.seed)
-                standard = first.features(train["tweet"].tolist(), train["reply"].tolist())
             else:  # the same features; only labels and networks are new
                 model.backbone, model.evidence, model.center, model.scale = (first.backbone, first.evidence,
                                                                              first.center, first.scale)
-                model._train(standard, model._pairs(train, own, given.seed), given.seed)
+                model._train(first.training_features, model._pairs(train, own, given.seed), given.seed)
         else:
             extra = {"epochs": given.epochs} if way == "minilm-lora" else None
             model = EngagementRewardModel(way, backbone_options=extra, **options).fit(train, own, given.seed)

@@ -57,6 +57,8 @@ class EngagementRewardModel:
         self.center = self.scale = np.zeros(0, dtype=np.float32)
         self.quantiles = np.zeros((0, 101), dtype=np.float32)
         self.facts: dict = {}
+        # (n, p) of the replies of `fit`, each judged without itself, as new ones will be; not saved
+        self.training_features: torch.Tensor | None = None
 
     def fit(self, pairs: pd.DataFrame, labels: pd.DataFrame | Sequence[float], seed: int = 0,
             held_out: float = 0.15) -> "EngagementRewardModel":
@@ -80,7 +82,8 @@ class EngagementRewardModel:
         evidence = self.evidence.fit_transform(tweets, replies, child_seed(seed, "evidence"))
         features = pair_features(self.backbone, tweets, replies, evidence)
         self.center, self.scale = features.mean(axis=0), features.std(axis=0) + 1e-6
-        self._train(self._standard(features), found, seed, held_out)
+        self.training_features = self._standard(features)
+        self._train(self.training_features, found, seed, held_out)
         self.facts |= {"seed": seed, "n_replies": len(pairs)}
         return self
 
@@ -149,6 +152,10 @@ class EngagementRewardModel:
         over the ensemble. Raises as `member_logits`."""
         return self.member_logits(tweets, replies).mean(axis=0)
 
+    def logits_of(self, features: torch.Tensor) -> np.ndarray:
+        """`logits` from what `features` returned: several models on one set of features read the texts once."""
+        return self._members(features).mean(axis=0)
+
     def score(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Probability of beating a random training reply, (n,) in [0, 1]; within a post it orders as `logits` does."""
         return expit(self.logits(tweets, replies)[:, None] - self.quantiles[-1][None, :]).mean(axis=1)
@@ -208,13 +215,17 @@ def shuffled_label_twins(model: EngagementRewardModel, pairs: pd.DataFrame, labe
     """`n` models with `model`'s features whose networks were trained on labels permuted within posts.
 
     pairs, labels: what `model` was fitted on, of which `max_posts` posts are used. Rows are moved together, so that a
-    reply gets another one's engagement *and* circumstances.
+    reply gets another one's engagement *and* circumstances. Raises: ValueError for a model that was loaded, not fitted,
+    or fitted on another number of replies.
     """
+    if model.training_features is None or len(model.training_features) != len(pairs):
+        raise ValueError(f"shuffled_label_twins needs the model as `fit` left it and its {len(pairs)} training replies; "
+                         "a loaded model no longer has their features")
     random = np.random.default_rng(child_seed(seed, "shuffled labels"))
     posts = random.permutation(pairs["conversation_id"].unique())[:max_posts]
     chosen = pairs["conversation_id"].isin(posts).to_numpy()
     table, own = pairs[chosen].reset_index(drop=True), labels[chosen].reset_index(drop=True)
-    standard = model.features(table["tweet"].tolist(), table["reply"].tolist())
+    standard = model.training_features[torch.from_numpy(chosen)]
     twins = []
     for place in range(n):
         moved = np.arange(len(table))

@@ -87,7 +87,7 @@ def _label(pairs: pd.DataFrame, retweet_weight: float, reference_quantile: float
     return labels[["row", "engagement", "expected", "residual", "reference"]], report
 
 
-def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, labels: pd.DataFrame,
+def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, held_logits: np.ndarray, labels: pd.DataFrame,
                 reward: EngagementRewardModel, dispersion: float, seed: int) -> tuple[np.ndarray, dict]:
     """Engagement of the `held` replies as text and circumstances predict it, and Spearman's correlations.
 
@@ -97,12 +97,11 @@ def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, labels: 
     known = np.isfinite(labels["engagement"])
     train = pairs[pairs["split"].isin(["policy", "judge"]) & known]
     train = train.sample(min(12_000, len(train)), random_state=child_seed(seed, "context rows") % 2**32).sort_index()
-    logits = {name: reward.logits(part["tweet"].tolist(), part["reply"].tolist())
-              for name, part in (("train", train), ("held", held))}
+    train_logits = reward.logits(train["tweet"].tolist(), train["reply"].tolist())
     counts, actual = (labels.loc[part.index, "engagement"].to_numpy() for part in (train, held))
-    predicted = ContextModel().fit(train, logits["train"], counts, seed).predict(held, logits["held"])
+    predicted = ContextModel().fit(train, train_logits, counts, seed).predict(held, held_logits)
     without = ContextModel().fit(train, None, counts, seed).predict(held, None)
-    found = {"with_engagement": {"text": overall_spearman(logits["held"], actual),
+    found = {"with_engagement": {"text": overall_spearman(held_logits, actual),
                                  "circumstances": overall_spearman(without, actual),
                                  "text_and_circumstances": overall_spearman(predicted, actual)},
              "ceiling_drawn": drawn_ceiling(predicted, dispersion, seed), "ceiling_true": None, "n": len(held)}
@@ -179,23 +178,24 @@ def reward_model_stage(
             raise ValueError(f"{source}: no row is in the split {validate_on!r}; give the data stage more "
                              "conversations")
         tweets, replies, reward = held["tweet"].tolist(), held["reply"].tolist(), models["reward"]
-        logits = {name: model.logits(tweets, replies) for name, model in models.items()}
+        features = {name: model.features(tweets, replies) for name, model in models.items()}
+        logits = {name: model.logits_of(features[name]) for name, model in models.items()}
         heuristic = pd.read_parquet(heuristic_scores, columns=["row", "score"]).set_index("row")["score"]
-        everything, context = _in_context(run_dir, pairs, pairs[chosen], labels, reward, report["dispersion"],
-                                          seed)
-        part = pairs[train].head(20_000)
+        everything, context = _in_context(run_dir, pairs, pairs[chosen], logits["reward"], labels, reward,
+                                          report["dispersion"], seed)
         scores = logits | {
             "heuristic": heuristic.loc[held["row"]].to_numpy(), "length": held["reply"].str.len().to_numpy(dtype=float),
             "tfidf_ridge": tfidf_ridge(pairs[train], labels.loc[train, "engagement"].to_numpy(), replies),
-            "naive_regression": naive_regression(reward.features(part["tweet"], part["reply"]).numpy(),
-                                                 labels.loc[part.index, "engagement"].to_numpy(),
-                                                 reward.features(tweets, replies).numpy()),
+            "naive_regression": naive_regression(reward.training_features[:20_000].numpy(),
+                                                 labels.loc[train, "engagement"].head(20_000).to_numpy(),
+                                                 features["reward"].numpy()),
             "metadata": held["expected"].to_numpy(), "everything": everything}
         validation = validate_scores(held, scores, seed) | {
             "split": validate_on, "deconfounding": report, "context": context,
             "training": {name: model.facts for name, model in models.items()}}
         twins = shuffled_label_twins(reward, pairs[train], labels[train], seed=seed)
-        validation["controls"] = control_accuracy(held, reward, [twin.logits(tweets, replies) for twin in twins], seed)
+        validation["controls"] = control_accuracy(held, reward, [twin.logits_of(features["reward"]) for twin in twins],
+                                                    seed)
         validation["verdict"] = verdict(validation)
         write_json(folder / "validation.json", validation)
         write_csv(folder / "misjudged.csv", _misjudged(held, reward, logits["judge"]))

@@ -10,12 +10,10 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from grpo_engage.arm_training import RewardError, largest_divisor, make_grpo_trainer, train_grpo, train_supervised
-from grpo_engage.base_models import ensure_policy
 from grpo_engage.core import file_sha256
 from grpo_engage.grpo_trainer import Objective, group_advantage
 from grpo_engage.hybrid import ARMS, pilot_verdict, train_stage, trainable_arm
 from grpo_engage.policy import load_policy, reply_nll
-from grpo_engage.simulator import simulate_pairs
 from grpo_engage.training_loop import tidy_log
 
 
@@ -30,16 +28,6 @@ class KillAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:
             raise Killed
-
-
-@pytest.fixture(scope="module")
-def base():
-    return ensure_policy("nano")
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return simulate_pairs(30, seed=8)[["tweet", "reply"]]
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,10 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from grpo_engage.advantages import max_at_k_advantage, rms_scaled
 from grpo_engage.arm_training import make_trainer
-from grpo_engage.base_models import ensure_policy
 from grpo_engage.core import REPO_ROOT
 from grpo_engage.diversity import marginal_credit
 from grpo_engage.grpo_trainer import Objective, ReplyTrainer, group_advantage
 from grpo_engage.policy import clean_text, format_prompt, load_policy
-from grpo_engage.simulator import simulate_pairs
 from grpo_engage.training_loop import lora_config
 
 specification = importlib.util.spec_from_file_location("gradient", REPO_ROOT / "proofs" / "gradient.py")
@@ -78,16 +76,6 @@ def test_scaled_defaults_follow_their_formula():
 class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.seen = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.fixture(scope="module")
-def base():
-    return ensure_policy("nano")
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return simulate_pairs(30, seed=8)[["tweet", "reply"]]
 
 
 COMMON = dict(bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", logging_steps=1, seed=3,
