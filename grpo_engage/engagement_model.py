@@ -219,7 +219,7 @@ def shuffled_label_twins(model: EngagementRewardModel, pairs: pd.DataFrame, labe
     or fitted on another number of replies.
     """
     if model.training_features is None or len(model.training_features) != len(pairs):
-        raise ValueError(f"shuffled_label_twins needs the model as `fit` left it and its {len(pairs)} training replies; "
+        raise ValueError(f"shuffled_label_twins needs the model as `fit` left it and its {len(pairs)} replies; "
                          "a loaded model no longer has their features")
     random = np.random.default_rng(child_seed(seed, "shuffled labels"))
     posts = random.permutation(pairs["conversation_id"].unique())[:max_posts]
