@@ -155,7 +155,7 @@ def train_stage(
     """
     run_dir = Path(run_dir)
     parameters = {name: value for name, value in locals().items() if name != "run_dir"}
-    setting, _ = trainable_arm(arm)
+    setting = trainable_arm(arm)
     weights = zip((alpha, beta, lam), (setting.alpha, setting.beta, setting.lam), strict=True)
     objective = Objective(*(own if given == -1 else given for given, own in weights))
     origin = setting.warm_start if warm_start == "arm" else warm_start

@@ -26,14 +26,7 @@ class Objective:
         if not any(weights.values()):
             raise ValueError("Objective: all three weights are 0, so there is nothing to train")
 
-    def terms(self) -> str:
-        """Which terms are trained: "supervised" for lone alpha, "grpo" for lone beta, "diversity" for lone lam, else
-        "mixture"."""
-        on = [name for name, weight in (("supervised", self.alpha), ("grpo", self.beta), ("diversity", self.lam))
-              if weight]
-        return on[0] if len(on) == 1 else "mixture"
-
-# %% ../nbs/05c_objective.ipynb #c008
+# %% ../nbs/05c_objective.ipynb #c007
 @dataclass(frozen=True)
 class Arm(Objective):
     """A named setting of the objective and where training starts: "base", or the name of another arm."""
@@ -49,8 +42,8 @@ ARMS = {
 }
 
 
-def trainable_arm(name: str) -> tuple[Arm, str]:
-    """The arm called `name` and the terms it trains (see `Objective.terms`). Raises: ValueError for an unknown name."""
+def trainable_arm(name: str) -> Arm:
+    """The arm called `name`. Raises: ValueError for an unknown one, with those that there are."""
     if name not in ARMS:
         raise ValueError(f"arm={name!r} is unknown; the arms are {', '.join(ARMS)}")
-    return ARMS[name], ARMS[name].terms()
+    return ARMS[name]

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from .diversity import vendi_score
 from .metrics import ngrams, words
 from .reply_text import count_pairs
 
@@ -56,9 +57,7 @@ def vendi(vectors: np.ndarray | sp.spmatrix) -> float:
         return math.nan
     kernel = table @ table.T
     kernel = (kernel.toarray() if sp.issparse(kernel) else kernel) / np.outer(length, length)
-    share = np.linalg.eigvalsh(kernel / len(kernel))
-    share = share[share > 1e-12]
-    return float(np.exp(-(share * np.log(share)).sum()))
+    return vendi_score(kernel)
 
 
 def ngram_vectors(texts: Sequence[str], orders: Sequence[int] = (1, 2)) -> sp.csr_matrix:
