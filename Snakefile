@@ -9,7 +9,7 @@ and checkpoints are not declared at all: the first two must survive to tell why,
 import sys
 from pathlib import Path
 
-from grpo_engage.objective import ARMS
+from grpo_engage.objective import trainable_arm
 from grpo_engage.parameters import STAGES
 from grpo_engage.runner import job_parameters
 
@@ -102,7 +102,7 @@ rule policy:
 
 def warm_start(wildcards):
     chosen = parameters("train", wildcards.arm, int(wildcards.seed)).get("warm_start", "arm")
-    origin = ARMS[wildcards.arm].warm_start if chosen == "arm" else chosen
+    origin = trainable_arm(wildcards.arm, chosen).warm_start
     return [] if origin == "base" else [f"train/{origin}/seed{wildcards.seed}/adapter/adapter_model.safetensors"]
 
 

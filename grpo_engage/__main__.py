@@ -21,7 +21,7 @@ import pandas as pd
 from .core import REPO_ROOT, read_json, say, write_json
 from .objective import ARMS, trainable_arm
 from .parameters import GRAPH_PARAMETERS, STAGES, load_preset, notebook_of, read_parameters, resolve_config
-from .runner import end_with, run_stage, stage_folder
+from .runner import end_with, job_parameters, run_stage, stage_folder
 
 # %% ../nbs/13_cli.ipynb #c004
 def run_folder(name: str) -> Path:
@@ -123,8 +123,8 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
         overrides = ["data.source=file", f"data.data_path={path}", *overrides]
     config = resolve_config(load_preset(args.preset), overrides, list(ARMS)) | {"preset": args.preset}
     for arm in config["arms"]:
-        trainable_arm(arm)
-        if (origin := ARMS[arm].warm_start) not in ("base", *config["arms"]):
+        chosen = job_parameters(config, "train", arm).get("warm_start", "arm")
+        if (origin := trainable_arm(arm, chosen).warm_start) not in ("base", *config["arms"]):
             raise ValueError(f"arm {arm!r} starts from arm {origin!r} of the same seed: add {origin!r} to arms")
     if config["stages"]["data"]["source"] == "file" and not config["stages"]["data"]["data_path"]:
         raise ValueError(f"preset {args.preset!r} reads a file: give it with --data PATH (DATA=PATH for make)")

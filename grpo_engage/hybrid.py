@@ -155,12 +155,10 @@ def train_stage(
     """
     run_dir = Path(run_dir)
     parameters = {name: value for name, value in locals().items() if name != "run_dir"}
-    setting = trainable_arm(arm)
+    setting = trainable_arm(arm, warm_start)
     weights = zip((alpha, beta, lam), (setting.alpha, setting.beta, setting.lam), strict=True)
     objective = Objective(*(own if given == -1 else given for given, own in weights))
-    origin = setting.warm_start if warm_start == "arm" else warm_start
-    if origin == arm:
-        raise ValueError(f"arm {arm!r} cannot start from itself: warm_start={warm_start!r}")
+    origin = setting.warm_start
     folder = run_dir / "train" / arm / f"seed{seed}"
     start = None if origin == "base" else run_dir / "train" / origin / f"seed{seed}" / "adapter"
     inputs = [run_dir / "data" / "pairs.parquet", run_dir / "policy" / "policy.json",

@@ -7,7 +7,7 @@ __all__ = ['ARMS', 'Objective', 'Arm', 'trainable_arm']
 
 # %% ../nbs/05c_objective.ipynb #c002
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # %% ../nbs/05c_objective.ipynb #c004
 @dataclass(frozen=True)
@@ -42,8 +42,14 @@ ARMS = {
 }
 
 
-def trainable_arm(name: str) -> Arm:
-    """The arm called `name`. Raises: ValueError for an unknown one, with those that there are."""
-    if name not in ARMS:
-        raise ValueError(f"arm={name!r} is unknown; the arms are {', '.join(ARMS)}")
-    return ARMS[name]
+def trainable_arm(name: str, warm_start: str = "arm") -> Arm:
+    """The arm called `name`, starting from `warm_start` ("arm": from where it starts by default).
+
+    Raises: ValueError for an unknown arm or start, and for an arm that would start from itself.
+    """
+    for parameter, value, known in (("arm", name, ARMS), ("warm_start", warm_start, ("arm", "base", *ARMS))):
+        if value not in known:
+            raise ValueError(f"{parameter}={value!r} is unknown; the arms are {', '.join(ARMS)}")
+    if warm_start == name:
+        raise ValueError(f"arm {name!r} cannot start from itself: warm_start={warm_start!r}")
+    return ARMS[name] if warm_start == "arm" else replace(ARMS[name], warm_start=warm_start)
