@@ -210,7 +210,7 @@ class EngagementRewardModel:
         return model
 
 # %% ../nbs/04f_engagement_model.ipynb #c019
-def shuffled_label_twins(model: EngagementRewardModel, pairs: pd.DataFrame, labels: pd.DataFrame, n: int = 4,
+def shuffled_label_twins(model: EngagementRewardModel, pairs: pd.DataFrame, labels: pd.DataFrame, n: int = 8,
                          max_posts: int = 300, seed: int = 0) -> list[EngagementRewardModel]:
     """`n` models with `model`'s features whose networks were trained on labels permuted within posts.
 
@@ -225,7 +225,7 @@ def shuffled_label_twins(model: EngagementRewardModel, pairs: pd.DataFrame, labe
     posts = random.permutation(pairs["conversation_id"].unique())[:max_posts]
     chosen = pairs["conversation_id"].isin(posts).to_numpy()
     table, own = pairs[chosen].reset_index(drop=True), labels[chosen].reset_index(drop=True)
-    standard = model.training_features[torch.from_numpy(chosen)]
+    standard = model.training_features[torch.from_numpy(np.flatnonzero(chosen))]
     twins = []
     for place in range(n):
         moved = np.arange(len(table))

@@ -74,7 +74,7 @@ def metric_label(metric: str, arrow: bool = False) -> str:
 
 
 def results_table(run: Run, usd_per_hour: float) -> str:
-    """Arms and metrics with intervals, time and cost; arms are columns, or rows when there are more than four."""
+    """Arms and metrics with intervals, time and cost; arms are columns, or rows when there are more than five."""
     pooled = pool_seeds(run.metrics)
     arms = list(dict.fromkeys(pooled["arm"]))
     cells = {}
@@ -86,7 +86,7 @@ def results_table(run: Run, usd_per_hour: float) -> str:
             for name in METRIC_LABELS if name in own.index and math.isfinite(own.loc[name, "value"])
         } | {"Training time (s)": number(seconds, 1), "Training cost (USD)": number(dollars, 4)}  # fmt: skip
     table = pd.DataFrame(cells).fillna("--")
-    table, head = (table, "Metric") if len(arms) <= 4 else (table.T, "Arm")
+    table, head = (table, "Metric") if len(arms) <= 5 else (table.T, "Arm")
     return latex_table(table.rename_axis(head).reset_index())
 
 

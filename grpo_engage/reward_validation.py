@@ -114,10 +114,14 @@ def control_accuracy(pairs: pd.DataFrame, model, twins: Sequence[np.ndarray], se
     higher, lower = clear_pairs(posts, pairs["reply_likes"])
     moved = np.random.default_rng(child_seed(seed, "shuffled text")).permutation(pairs["reply"].to_numpy())
     text = accuracy(model.logits(pairs["tweet"].tolist(), moved.tolist()), higher, lower, posts, seed)
-    each = [float(np.mean(pairwise_accuracy(scores, higher, lower))) for scores in twins] if len(higher) else []
-    found = seed_interval(each) if len(each) > 1 else (float("nan"),) * 3
-    return {"shuffled_text": text,
-            "shuffled_labels": dict(zip(("estimate", "ci_low", "ci_high"), found, strict=True)) | {"n": len(each)}}
+    labels = {"estimate": float("nan"), "ci_low": float("nan"), "ci_high": float("nan"), "n": len(twins)}
+    if len(higher) and len(twins) > 1:
+        correct = np.array([pairwise_accuracy(scores, higher, lower) for scores in twins])
+        mean, low, high = cluster_bootstrap(correct.mean(axis=0), posts[higher], seed=child_seed(seed, "twins"))
+        spread = seed_interval(correct.mean(axis=1))[2] - mean
+        labels |= {"estimate": mean, "ci_low": mean - float(np.hypot(mean - low, spread)),
+                   "ci_high": mean + float(np.hypot(high - mean, spread))}
+    return {"shuffled_text": text, "shuffled_labels": labels}
 
 
 def verdict(validation: Mapping) -> dict:

@@ -264,7 +264,7 @@ def test_pooling_over_seeds_against_the_definition():
 
 
 def test_many_arms_become_rows(tmp_path):
-    arms = ["baseline", "grpo", "hybrid", "polychromic", "matched"]
+    arms = ["base", "baseline", "grpo", "hybrid", "polychromic", "matched"]
     run_dir = make_run(tmp_path / "wide", arms=arms)
     text = exhibits.results_table(results.load_run(run_dir, arms, [0]), 0.0)
     assert text.splitlines()[0].count("r") >= 10 and "\nmatched &" in text

@@ -21,6 +21,7 @@ from grpo_engage.deconfounding import choose_references, deconfound, design_matr
 from grpo_engage.embedding import EMBEDDING_SIZE, HashingBackbone, embed, text_features
 from grpo_engage.encoder_tuning import TunedMiniLMBackbone
 from grpo_engage.engagement_model import shuffled_label_twins
+from grpo_engage.heuristic_reward import clear_pairs, pairwise_accuracy
 from grpo_engage.hybrid import UnvalidatedReward, training_reward
 from grpo_engage.overoptimisation import misjudged
 from grpo_engage.pairwise import bradley_terry_loss, pair_features, training_pairs
@@ -31,8 +32,16 @@ from grpo_engage.reward_model import (
     beat_probability,
     reward_model_stage,
 )
-from grpo_engage.reward_validation import accuracy, all_pairs, by_ratio, verdict, within_post_spearman
+from grpo_engage.reward_validation import (
+    accuracy,
+    all_pairs,
+    by_ratio,
+    control_accuracy,
+    verdict,
+    within_post_spearman,
+)
 from grpo_engage.simulator import expected_log_likes, simulate_pairs
+from grpo_engage.statistics import seed_interval
 from grpo_engage.text_evidence import TYPICALITY, TextEvidence
 
 TINY = {"size": 12, "buckets": 2**10}
@@ -666,3 +675,20 @@ def test_misjudged_against_sorting_by_hand(values, n):
     under = sorted(value for value in gap if value < 0)[:n]
     assert np.allclose(found["gap"], [*over, *under])
     assert found["kind"].tolist() == ["over-rated"] * len(over) + ["under-rated"] * len(under)
+
+
+def test_shuffled_label_control_is_wider_than_over_models_or_posts_alone(trained):
+    pairs, _ = make_pairs(n_posts=40)
+    pairs["reply_likes"] = np.random.default_rng(0).poisson(2, len(pairs))
+    noise = [np.random.default_rng(seed).normal(size=len(pairs)) for seed in range(1, 9)]
+    found = control_accuracy(pairs, trained, noise, seed=0)["shuffled_labels"]
+    higher, lower = clear_pairs(pairs["conversation_id"].to_numpy(), pairs["reply_likes"])
+    each = np.array([pairwise_accuracy(scores, higher, lower) for scores in noise])
+    over_models = seed_interval(each.mean(axis=1))
+    assert found["estimate"] == pytest.approx(each.mean()) and found["n"] == 8
+    assert found["ci_low"] < over_models[1] and found["ci_high"] > over_models[2]
+    assert found["ci_low"] < 0.5 < found["ci_high"]
+    same = control_accuracy(pairs, trained, [noise[0], noise[0]], seed=0)["shuffled_labels"]  # no spread over models
+    alone = accuracy(noise[0], higher, lower, pairs["conversation_id"].to_numpy(), 0)
+    assert same["ci_high"] - same["ci_low"] == pytest.approx(alone["ci_high"] - alone["ci_low"], rel=0.1)
+    assert np.isnan(control_accuracy(pairs, trained, noise[:1], seed=0)["shuffled_labels"]["ci_low"])
