@@ -114,7 +114,11 @@ def load_adapted(path: str | Path, adapter: Path, *, trainable: bool = False, qu
     from peft import PeftModel
 
     model, tokenizer = load_policy(path, quantization)
-    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable).eval(), tokenizer
+    adapted = PeftModel.from_pretrained(model, adapter, is_trainable=trainable).eval()
+    # The saved adapter names its base ("nano"), not where it lies here; peft would look that name up on the Hub at
+    # every checkpoint.
+    adapted.peft_config["default"].base_model_name_or_path = str(path)
+    return adapted, tokenizer
 
 # %% ../nbs/05_policy.ipynb #c014
 def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets: Sequence[str], n: int = 1,

@@ -4,6 +4,7 @@ import copy
 import unicodedata
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from grpo_engage import base_models, data, policy
+from grpo_engage.arm_training import train_supervised
 from grpo_engage.base_models import NANO, ensure_policy, nano_corpus, pretrain_nano
 from grpo_engage.core import read_json
-from grpo_engage.policy import clean_text, format_prompt, generate_replies, load_policy, reply_nll
+from grpo_engage.policy import clean_text, format_prompt, generate_replies, load_adapted, load_policy, reply_nll
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -192,3 +194,13 @@ def test_smollm2_speaks_english():
         said = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1]:]
     assert "Paris" in tokenizer.decode(said) and tokenizer.eos_token_id in said.tolist()
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_a_loaded_adapter_names_the_base_that_was_loaded(tmp_path):
+    """By the saved name ("nano") peft would ask the Hub at each checkpoint, on a machine without one in vain."""
+    base = ensure_policy("nano")
+    pairs = pd.DataFrame({"tweet": ["a bridge is closed"] * 4, "reply": ["who says so ?"] * 4})
+    train_supervised(base, pairs, tmp_path, max_steps=1, learning_rate=1e-3, batch_size=2, base_name="nano")
+    assert read_json(tmp_path / "adapter" / "adapter_config.json")["base_model_name_or_path"] == "nano"
+    model, _ = load_adapted(base, tmp_path / "adapter", trainable=True)
+    assert model.peft_config["default"].base_model_name_or_path == str(base)
