@@ -134,7 +134,8 @@ def verdict(validation: Mapping) -> dict:
     own, rivals = found["reward"], {name: found[name]["estimate"] for name in ("length", "tfidf_ridge")}
     validated = bool(own["ci_low"] > max(rivals.values()))  # False for NaN
     text = (f"accuracy {own['estimate']:.3f} [{own['ci_low']:.3f}, {own['ci_high']:.3f}] on {own['n']} clear "
-            f"{validation.get('split', 'validation')} pairs; length alone {rivals['length']:.3f}, TF-IDF {rivals['tfidf_ridge']:.3f}: "
+            f"{validation.get('split', 'validation')} pairs; length alone {rivals['length']:.3f}, "
+            f"TF-IDF {rivals['tfidf_ridge']:.3f}: "
             f"{'validated' if validated else 'NOT validated, its lower bound does not exceed both'}")
     return {"validated": validated, "text": text, "reward": own, "baselines": rivals}
 
