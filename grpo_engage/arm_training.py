@@ -165,7 +165,8 @@ def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, *, objecti
     Goes on from the last checkpoint of the same run with byte-identical results. Raises RewardError as soon as the
     reward fails, FloatingPointError when loss or gradient is not finite, ValueError for what does not fit together.
     """
-    saved = {name: value for name, value in options.items() if name not in ("callbacks", "report_to", "label")}
+    saved = {name: getattr(value, "__qualname__", value)  # a diversity metric may be a function
+             for name, value in options.items() if name not in ("callbacks", "report_to", "label")}
     columns = ["tweet", "reply"] if objective.alpha else ["tweet"]
     data = examples[columns].reset_index(drop=True)
     weights = {name: asdict(objective)[name] for name in ("alpha", "beta", "lam")}
