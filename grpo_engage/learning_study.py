@@ -50,7 +50,7 @@ _MIXED = {"posts_per_step": 8, "num_generations": 4, "max_steps": 40}
 
 SETTINGS = {
     "baseline": Setting(Objective(1, 0, 0), options={"batch_size": 16, "max_steps": 80}),
-    "supervised_8": Setting(Objective(1, 0, 0), options={"batch_size": 8, "max_steps": 30}),
+    "supervised_8": Setting(Objective(1, 0, 0), options={"batch_size": 8, "max_steps": 40}),
     "constant_d": Setting(Objective(1, 0, 0.3), options=_MIXED | {"diversity_metric": _no_diversity}),
     **{f"polychromic_{name}": Setting(Objective(1, 0, 0.3), options=_MIXED | {"diversity_metric": name})
        for name in ("self_bleu", "distinct_n", "cosine", "vendi")},
