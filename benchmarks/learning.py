@@ -1,11 +1,12 @@
 """Does training do what it claims? Settings of the objective, paired by post and seed (simulator, `nano`).
 
-    python benchmarks/learning.py RUN OUT [--seeds 0,1,...,7] [--settings a,b] [--simplex] [--posts 64] [--report]
+    python benchmarks/learning.py RUN OUT [--seeds 0,1,...,7] [--settings a,b] [--simplex] [--posts 40] [--report]
 
 RUN is a run (stages data to policy) on simulated data, whose reward trains the arms; its split `policy` holds the
-training posts. Every setting is sampled on `--posts` validation posts at half and the end of its steps, and
-on as many test posts at the end. Interrupted, it goes on where it was. Several processes may share the seeds. With
---report nothing is trained: by_post.parquet, comparisons.csv, means.csv and the figures are made from what is there.
+training posts. Every setting is sampled on `--posts` validation posts at the end of its steps (what starts from the
+baseline also halfway), and on as many test posts at the end. Interrupted, it goes on where it was; several processes may
+share the seeds. With --report nothing is trained: by_post.parquet, comparisons.csv, means.csv and the figures are made
+from what is there.
 """
 
 import argparse
@@ -126,7 +127,9 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--simplex", action="store_true", help="also the ten mixtures of alpha, beta and lam in thirds")
     parser.add_argument("--lam", type=float, default=0, help="instead of 0.3, wherever there is a diversity term")
-    parser.add_argument("--posts", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of objectives without the reward")
+    parser.add_argument("--policy-rate", type=float, default=1e-3, help="learning rate of objectives with the reward")
+    parser.add_argument("--posts", type=int, default=40)
     parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     settings = {name: SETTINGS[name] for name in given.settings.split(",")}
@@ -144,7 +147,7 @@ def main() -> None:
         for seed in (int(part) for part in given.seeds.split(",")):
             for name, setting in settings.items():
                 study_setting(name, setting, seed, given.out, base, examples[["tweet", "reply"]].sort_index(), held,
-                              reward, identifier)
+                              reward, identifier, learning_rates=(given.rate, given.policy_rate))
     if given.report:
         vocabulary = len({word for text in load_pairs(given.run)["reply"] for word in text.lower().split()})
         report(given.out, settings, vocabulary)

@@ -152,7 +152,7 @@ def nll_by_post(base: Path, adapter: Path | None, references: pd.DataFrame) -> p
 
 def study_setting(name: str, setting: Setting, seed: int, out: Path, base: Path, examples: pd.DataFrame,
                   held: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], reward: Callable, reward_id: str, *,
-                  measured: Sequence[float] = (0.5, 1.0), n_samples: int = 16,
+                  measured: Sequence[float] = (0.5, 1.0), n_samples: int = 12,
                   learning_rates: tuple[float, float] = (1e-3, 5e-4), **options) -> None:
     """Train `setting` with `seed` and sample it; what `out`/`name`/seed<seed> already holds is not done again.
 
@@ -162,7 +162,8 @@ def study_setting(name: str, setting: Setting, seed: int, out: Path, base: Path,
     """
     folder, steps = out / name / f"seed{seed}", setting.options["max_steps"]
     start = None if setting.start == "base" else out / setting.start / f"seed{seed}" / "adapter"
-    marks = sorted({max(1, round(share * steps)) for share in measured})
+    # only what starts from the baseline is compared on its way
+    marks = sorted({max(1, round(share * steps)) for share in (measured if start else measured[-1:])})
     if not (folder / "adapter").exists():
         train_arm(base, examples if setting.objective.alpha else examples[["tweet"]], folder,
                   objective=setting.objective, reward=reward if setting.objective.beta else None, reward_id=reward_id,
