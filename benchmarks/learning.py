@@ -1,10 +1,10 @@
 """Does training do what it claims? Settings of the objective, paired by post and seed (simulator, `nano`).
 
-    python benchmarks/learning.py RUN OUT [--seeds 0,1,...,7] [--settings a,b] [--simplex] [--posts 40] [--report]
+    python benchmarks/learning.py RUN OUT [--seeds 0,1,...,7] [--settings a,b] [--simplex] [--report]
 
 RUN is a run (stages data to policy) on simulated data, whose reward trains the arms; its split `policy` holds the
 training posts. Every setting is sampled on `--posts` validation posts at the end of its steps (what starts from the
-baseline also halfway), and on as many test posts at the end. Interrupted, it goes on where it was; several processes may
+baseline also halfway), and on as many test posts at the end. Interrupted, it goes on where it was; several may
 share the seeds. With --report nothing is trained: by_post.parquet, comparisons.csv, means.csv and the figures are made
 from what is there.
 """
@@ -126,8 +126,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3,4,5,6,7")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--simplex", action="store_true", help="also the ten mixtures of alpha, beta and lam in thirds")
-    parser.add_argument("--lam", type=float, default=0, help="instead of 0.3, wherever there is a diversity term")
-    parser.add_argument("--rate", type=float, default=1e-3, help="learning rate of objectives without the reward")
+    parser.add_argument("--lam", type=float, default=0, help="instead of each setting's own, where there is one")
+    parser.add_argument("--rate", type=float, default=4e-3, help="learning rate of objectives without the reward")
     parser.add_argument("--policy-rate", type=float, default=1e-3, help="learning rate of objectives with the reward")
     parser.add_argument("--posts", type=int, default=40)
     parser.add_argument("--report", action="store_true")

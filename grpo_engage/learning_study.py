@@ -51,8 +51,8 @@ _MIXED = {"posts_per_step": 8, "num_generations": 4, "max_steps": 40}
 SETTINGS = {
     "baseline": Setting(Objective(1, 0, 0), options={"batch_size": 16, "max_steps": 80}),
     "supervised_8": Setting(Objective(1, 0, 0), options={"batch_size": 8, "max_steps": 40}),
-    "constant_d": Setting(Objective(1, 0, 0.3), options=_MIXED | {"diversity_metric": _no_diversity}),
-    **{f"polychromic_{name}": Setting(Objective(1, 0, 0.3), options=_MIXED | {"diversity_metric": name})
+    "constant_d": Setting(Objective(1, 0, 2), options=_MIXED | {"diversity_metric": _no_diversity}),
+    **{f"polychromic_{name}": Setting(Objective(1, 0, 2), options=_MIXED | {"diversity_metric": name})
        for name in ("self_bleu", "distinct_n", "cosine", "vendi")},
     "baseline_long": Setting(Objective(1, 0, 0), "baseline", {"batch_size": 16, "max_steps": 30}),
     "grpo": Setting(Objective(0, 1, 0), "baseline", _WIDE),
@@ -153,7 +153,7 @@ def nll_by_post(base: Path, adapter: Path | None, references: pd.DataFrame) -> p
 def study_setting(name: str, setting: Setting, seed: int, out: Path, base: Path, examples: pd.DataFrame,
                   held: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], reward: Callable, reward_id: str, *,
                   measured: Sequence[float] = (0.5, 1.0), n_samples: int = 12,
-                  learning_rates: tuple[float, float] = (1e-3, 5e-4), **options) -> None:
+                  learning_rates: tuple[float, float] = (4e-3, 1e-3), **options) -> None:
     """Train `setting` with `seed` and sample it; what `out`/`name`/seed<seed> already holds is not done again.
 
     examples: columns tweet, reply. held: split -> (posts, references), where "test" is sampled at the last step only.
