@@ -46,13 +46,12 @@ def _no_diversity(texts: Sequence[str]) -> float:
 
 _WIDE = {"posts_per_step": 8, "num_generations": 8, "max_steps": 30}  # 64 replies a step, as 4 posts x 16
 _TALL = {"posts_per_step": 4, "num_generations": 16, "max_steps": 30}
-_MIXED = {"posts_per_step": 8, "num_generations": 4, "max_steps": 40}
 
 SETTINGS = {
     "baseline": Setting(Objective(1, 0, 0), options={"batch_size": 16, "max_steps": 80}),
-    "supervised_8": Setting(Objective(1, 0, 0), options={"batch_size": 8, "max_steps": 40}),
-    "constant_d": Setting(Objective(1, 0, 2), options=_MIXED | {"diversity_metric": _no_diversity}),
-    **{f"polychromic_{name}": Setting(Objective(1, 0, 2), options=_MIXED | {"diversity_metric": name})
+    "supervised_8": Setting(Objective(1, 0, 0), options={"batch_size": 8, "max_steps": 30}),
+    "constant_d": Setting(Objective(1, 0, 2), options=_WIDE | {"diversity_metric": _no_diversity}),
+    **{f"polychromic_{name}": Setting(Objective(1, 0, 2), options=_WIDE | {"diversity_metric": name})
        for name in ("self_bleu", "distinct_n", "cosine", "vendi")},
     "baseline_long": Setting(Objective(1, 0, 0), "baseline", {"batch_size": 16, "max_steps": 30}),
     "grpo": Setting(Objective(0, 1, 0), "baseline", _WIDE),
