@@ -73,9 +73,9 @@ def plan_jobs(arms: Sequence[str], seeds: Sequence[int], include_base: bool, riv
     return jobs + [Job(name, "rival", first, "test") for name in ("prompted", "real") if name in rivals]
 
 # %% ../nbs/09h_generation.ipynb #c009
-_ADVICE = ("Reply to the post as somebody who knows the subject. Say one specific thing about this very post: a fact, a "
-           "question, a counterpoint or an experience. One or two short sentences, in the post's language and tone. No "
-           "hashtags, no links, no generic praise, no repetition of the post.")
+_ADVICE = ("Reply to the post as somebody who knows the subject. Say one specific thing about this very post: a fact, "
+           "a question, a counterpoint or an experience. One or two short sentences, in the post's language and tone. "
+           "No hashtags, no links, no generic praise, no repetition of the post.")
 
 
 def engineered_prompt(run_dir: Path, seed: int, n_examples: int = 3) -> str:
@@ -120,8 +120,8 @@ def generate_part(run_dir: Path, job: Job, posts: pd.DataFrame, sampling: Mappin
     """Rows of generations.parquet (COLUMNS) of one job, its line of costs.csv, and a note ("" where there is none).
 
     posts: columns post, tweet, replies. sampling: arguments of `generate_replies`, n among them. reward: gives the
-    training reward and its identifier, for best_of_n. From the cache of an interrupted run where it holds the piece. The
-    frame is empty, with a note, where the model has no place for another prompt.
+    training reward and its identifier, for best_of_n. From the cache of an interrupted run where it holds the piece.
+    The frame is empty, with a note, where the model has no place for another prompt.
     """
     policy = read_json(run_dir / "policy" / "policy.json")
     adapter = run_dir / "train" / job.adapter / f"seed{job.seed}" / "adapter" if job.adapter else None

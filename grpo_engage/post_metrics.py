@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'MAX_PROCESSES', 'PASS_KS', 'SET_METRICS', 'in_processes', 'read_replies', 'read_sets', 'metrics_by_post',
-           'why_missing']
+           'metrics_of_passes', 'why_missing']
 
 # %% ../nbs/09j_post_metrics.ipynb #c002
 import math
@@ -90,6 +90,13 @@ def read_sets(sets: Sequence[Sequence[str]], vocabulary_size: int, n_jobs: int |
     return pd.DataFrame([row for part in parts for row in part], columns=list(SET_METRICS))
 
 # %% ../nbs/09j_post_metrics.ipynb #c018
+def _passes(counts: pd.DataFrame, k: int) -> np.ndarray:
+    """Pass@k of each post from columns sum and size; NaN where there are fewer than k replies."""
+    values, enough = np.full(len(counts), math.nan), (counts["size"] >= k).to_numpy()
+    values[enough] = pass_at_k(counts["size"][enough], counts["sum"][enough], k)
+    return values
+
+
 def metrics_by_post(scored: pd.DataFrame, vocabulary_size: int | None = None, vectors: np.ndarray | None = None,
                     n_jobs: int | None = None) -> pd.DataFrame:
     """One value for each arm, seed, post and metric: columns arm, seed, post, metric, value (NaN: not computable).
@@ -108,10 +115,7 @@ def metrics_by_post(scored: pd.DataFrame, vocabulary_size: int | None = None, ve
     wanted = int(counts["size"].max())
     whole = (counts["size"] == wanted).to_numpy()
     columns: dict[str, np.ndarray | pd.Series] = {}
-    for k in PASS_KS:
-        enough = counts["size"] >= k
-        columns[f"pass@{k}"] = np.full(len(counts), math.nan)
-        columns[f"pass@{k}"][enough] = pass_at_k(counts["size"][enough], counts["sum"][enough], k)
+    columns |= {f"pass@{k}": _passes(counts, k) for k in PASS_KS}
     rows = [groups.indices[key] for key in counts.index]
     texts = scored["text"].to_numpy()
     of_sets = read_sets([texts[index].tolist() for index in rows], vocabulary_size, n_jobs)
@@ -128,6 +132,17 @@ def metrics_by_post(scored: pd.DataFrame, vocabulary_size: int | None = None, ve
     return wide.melt(keys, var_name="metric", value_name="value")
 
 # %% ../nbs/09j_post_metrics.ipynb #c022
+def metrics_of_passes(scored: pd.DataFrame, ks: Sequence[int] = PASS_KS) -> pd.DataFrame:
+    """The metrics pass@k (for `ks`) and judge_engagement alone, in the form of `metrics_by_post`; from columns arm,
+    seed, post, passed and judge."""
+    keys = ["arm", "seed", "post"]
+    groups = scored.groupby(keys, sort=True)
+    counts = groups["passed"].agg(["sum", "size"]).astype(int)
+    wide = pd.DataFrame({f"pass@{k}": _passes(counts, k) for k in ks}, index=counts.index)
+    return wide.assign(judge_engagement=groups["judge"].mean()).reset_index().melt(
+        keys, var_name="metric", value_name="value")
+
+# %% ../nbs/09j_post_metrics.ipynb #c025
 _FEW = "or fewer replies than the other arms have, and the number matters"
 _WHY_MISSING = {
     "self_bleu": f"fewer than two replies with a word, {_FEW}", "distinct_2": f"no reply of two words, {_FEW}",

@@ -267,7 +267,7 @@ def pass_curves(scored: pd.DataFrame, n_boot: int, seed: int) -> pd.DataFrame:
     rows = []
     for arm, group in counts.groupby("arm", sort=True):
         n_seeds = group.index.get_level_values("seed").nunique()
-        for k in range(1, int(group["size"].min()) + 1):
+        for k in range(1, int(group["size"].min()) + 1):  # as far as every post has replies
             by_post = pd.Series(pass_at_k(group["size"], group["sum"], k), group.index).groupby("post").mean()
             # The same resampled posts for all k make a smooth band.
             interval = _interval(by_post, by_post.index.to_series(), n_boot, child_seed(seed, "curve"))
