@@ -222,6 +222,8 @@ def _judge(args: argparse.Namespace) -> int:
     from grpo_engage.llm_client import Endpoint
     from grpo_engage.llm_judging import judge_run
 
+    if not (run_folder(args.run) / "evaluation" / "generations.parquet").exists():
+        raise ValueError(f"there is no run {args.run!r} with an evaluation in {run_folder(args.run).parent}")
     endpoint = Endpoint(args.url, args.model, args.key_variable, args.price_in, args.price_out)
     tables = judge_run(run_folder(args.run), endpoint, versus=args.versus, limit=args.limit, repeats=args.repeats,
                        injected=args.injected, max_cost=args.max_cost)
@@ -304,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.function(args)
-    except (ValueError, NotImplementedError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, NotImplementedError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, NotImplementedError)) else 1
 
