@@ -35,7 +35,7 @@ from grpo_engage.core import (
 )
 from .decision import beside_projection, compare_arms, decide, recommend
 from .metrics import distinct_n, pass_at_k, rouge_l, self_bleu  # noqa: F401
-from .policy import generate_replies, load_adapted, load_policy, read_policy
+from .policy import generate_replies, load_adapted, load_policy, loading_options, read_policy
 from grpo_engage.scoring import (
     allowed,
     calibrate,
@@ -99,9 +99,8 @@ def generate_part(run_dir: Path, arm: str, train_seed: int, posts: pd.DataFrame,
     if part.exists():
         say(f"{arm} seed {train_seed}: {split} replies found from an earlier try")
         return pd.read_parquet(part)
-    base, quantization = read_policy(run_dir), policy["quantization"]
-    model, tokenizer = load_adapted(base, adapter, quantization=quantization) if adapter else load_policy(
-        base, quantization)
+    base, loading = read_policy(run_dir), loading_options(policy)
+    model, tokenizer = load_adapted(base, adapter, **loading) if adapter else load_policy(base, **loading)
     made = generate_replies(model, tokenizer, posts["tweet"].tolist(), seed=sampling_seed,
                             label=f"{arm} seed {train_seed}, {split}: batches", **sampling)
     frame = pd.DataFrame({"arm": arm, "seed": train_seed, "split": split,
