@@ -131,7 +131,7 @@ class WatchReplies(TrainerCallback):
             self.samples = pd.read_parquet(kept).query("step <= @state.global_step")
         seen = set() if self.samples.empty else set(self.samples["step"])
         if state.global_step % self.watch.every == 0 and state.global_step not in seen:
-            self._look(state.global_step)
+            self._look(state.global_step, logged=False)  # its step is logged already, or is none
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if state.global_step % self.watch.every == 0 or state.global_step == state.max_steps:
@@ -144,7 +144,7 @@ class WatchReplies(TrainerCallback):
         if self.failed:
             raise self.failed
 
-    def _look(self, step: int) -> None:
+    def _look(self, step: int, logged: bool = True) -> None:
         """All processes sample (sharded weights are gathered for it), the main one scores and writes."""
         watch, trainer = self.watch, self.trainer
         whole = (FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, recurse=False)
@@ -160,7 +160,8 @@ class WatchReplies(TrainerCallback):
                              "n_tokens": made["n_tokens"], "finish_reason": made["finish_reason"]})
         for name, score in (("proxy", watch.proxy), ("judge", watch.judge)):
             look[name] = checked_scores(score, tweets, replies, step, f"watched {name}")
-            trainer._metrics["train"][f"{name}_reward"].append(float(look[name].mean()))
+            if logged:
+                trainer._metrics["train"][f"{name}_reward"].append(float(look[name].mean()))
         self.samples = pd.concat([self.samples, look], ignore_index=True)
         write_parquet(self.folder / "samples.parquet", self.samples)
         write_csv(self.folder / "watch.csv", watch_table(self.samples))
