@@ -48,7 +48,7 @@ def best_of_n_stage(run_dir: Path, *, best_of_n_posts: int = 24, best_of_n_repli
         pairs = load_pairs(run_dir)
         posts = pairs[pairs["split"] == "validation"].drop_duplicates("conversation_id").sort_values("row")
         posts = posts.sample(min(best_of_n_posts, len(posts)), random_state=child_seed(seed, "posts") % 2**32)
-        loaded = policy.load_policy(policy.read_policy(run_dir), read_json(inputs[2])["quantization"])
+        loaded = policy.load_policy(policy.read_policy(run_dir), **policy.loading_options(read_json(inputs[2])))
         made = policy.generate_replies(*loaded, posts["tweet"].tolist(), n=best_of_n_replies, batch_size=256,
                                        temperature=temperature, max_new_tokens=max_new_tokens,
                                        seed=child_seed(seed, "candidates"), label="candidates, batches")

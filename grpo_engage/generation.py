@@ -25,6 +25,7 @@ from grpo_engage.policy import (
     generate_replies,
     load_adapted,
     load_policy,
+    loading_options,
     read_policy,
 )
 
@@ -145,9 +146,8 @@ def generate_part(run_dir: Path, job: Job, posts: pd.DataFrame, sampling: Mappin
     if job.arm == "real":
         made, sampled = real_replies(posts, sampling_seed, settings["n"]), math.nan
     else:
-        base, quantization = read_policy(run_dir), policy["quantization"]
-        model, tokenizer = load_adapted(base, adapter, quantization=quantization) if adapter else load_policy(
-            base, quantization)
+        base, loading = read_policy(run_dir), loading_options(policy)
+        model, tokenizer = load_adapted(base, adapter, **loading) if adapter else load_policy(base, **loading)
         tweets = posts["tweet"].tolist()
         options = {"instruction": instruction} if job.arm == "prompted" else {}
         if options and format_prompt(tweets[0], tokenizer, instruction) == format_prompt(tweets[0], tokenizer):

@@ -21,7 +21,7 @@ from grpo_engage.advantages import (
     max_at_k_advantage,
     rms_scaled,
 )
-from .diversity import DIVERSITY_METRICS, SetFunction, diversity_and_credit
+from .diversity import DIVERSITY_METRICS, SetFunction, diversity_and_credit, set_diversity
 from .objective import Objective
 from .policy import clean_text
 
@@ -120,6 +120,11 @@ class ReplyTrainer(GRPOTrainer):
             return self._references(inputs, 1 if not self.generates else self.num_generations)
         output = super()._generate_and_score_completions(inputs)
         size = self.num_generations if training else self.num_generations_eval
+        if not self.objective.lam:  # nobody asks for it, but a collapse should be seen
+            texts = self._scored[1]
+            groups = [set_diversity(texts[start : start + size], self.diversity_metric)
+                      for start in range(0, len(texts), size)]
+            self._metrics["train" if training else "eval"]["diversity"].append(float(np.mean(groups)))
         if not self.is_stock:
             output["advantages"] = self._combined_advantages(output["advantages"], size)
         return output | (self._references(inputs, size) if self.objective.alpha else {})
@@ -230,6 +235,13 @@ class ReplyTrainer(GRPOTrainer):
         super().log(logs, start_time)
 
     def _compute_loss(self, model, inputs):
+        self._latest = inputs
+        loss = self._objective_loss(model, inputs)
+        if not torch.isfinite(loss):
+            raise self._not_finite("loss", model, inputs)
+        return loss
+
+    def _objective_loss(self, model, inputs) -> torch.Tensor:
         loss = 0.0
         if "completion_ids" in inputs:
             loss = super()._compute_loss(model, inputs)
@@ -240,10 +252,38 @@ class ReplyTrainer(GRPOTrainer):
                 self._metrics["train" if self.model.training else "eval"]["policy_loss"].append(loss.item() * parts)
         if "reference_ids" in inputs:
             loss = loss + self.objective.alpha * self._supervised_loss(model, inputs)
-        if not torch.isfinite(loss):
-            kind = "completion_ids" if "completion_ids" in inputs else "reference_ids"
-            text = self._tokenizer.decode(inputs[kind][0])[:200]
-            prompt = self._tokenizer.decode(inputs["prompt_ids"][0])[-200:] if "prompt_ids" in inputs else ""
-            raise FloatingPointError(f"the loss is {loss.item()} at step {self.state.global_step + 1}; first of its "
-                                     f"micro-batch: post {prompt!r}, completion {text!r}")
         return loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and self.accelerator.scaler is None:  # a float16 scaler meets infinities, and handles them
+            if not torch.stack(torch._foreach_norm(gradients)).isfinite().all():
+                raise self._not_finite("gradient", model, self._latest)  # before a step spoils the weights
+        return loss
+
+    def _not_finite(self, what: str, model, inputs: dict) -> FloatingPointError:
+        """The error for a loss or gradient that is not finite, with step, post and completion; spoils the gradients."""
+        size = len(inputs["completion_ids"] if "completion_ids" in inputs else inputs["reference_ids"])
+        culprit = None
+        for row in range(size if self.accelerator.num_processes == 1 else 0):
+            part = {name: value[row : row + 1] if getattr(value, "ndim", 0) and len(value) == size else value
+                    for name, value in inputs.items()}
+            model.zero_grad()
+            loss = self._objective_loss(model, part)
+            loss.backward()
+            found = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
+            if not all(value.isfinite().all() for value in found):
+                culprit = row
+                break
+        row = culprit or 0
+        shown = {"post": inputs["prompt_ids"], "completion": inputs["completion_ids"]} if "prompt_ids" in inputs else {}
+        shown = {name: ids[row] for name, ids in shown.items()}
+        if "reference_ids" in inputs and (own := inputs["reference_labels"][row] != -100).any():
+            shown |= {"reference's post": inputs["reference_ids"][row][~own],
+                      "reference": inputs["reference_ids"][row][own]}
+        texts = [f"{name} {self._tokenizer.decode(ids, skip_special_tokens=True)[-200:]!r}"
+                 for name, ids in shown.items()]
+        which = "the first that gives it alone" if culprit is not None else f"the first of a micro-batch of {size}"
+        return FloatingPointError(f"the {what} is not finite at step {self.state.global_step + 1} ({', '.join(texts)}: "
+                                  f"{which}); lower the learning rate, or look at reward and data")

@@ -20,8 +20,9 @@ from .core import ARM_COLOURS, child_seed, file_sha256, read_json, savefig, stag
 from .data import load_pairs
 from .heuristic_reward import HeuristicReward
 from .objective import ARMS, Objective, trainable_arm
-from .policy import load_adapted, load_policy, read_policy, reply_nll
+from .policy import load_adapted, load_policy, loading_options, read_policy, reply_nll
 from .reward_model import CombinedReward, EngagementRewardModel
+from .watching import Watch, training_judge, watch_figure, watched_posts
 
 _all_ = ["ARMS", "trainable_arm"]  # named in a light module, so that a command line need not load torch
 
@@ -124,8 +125,8 @@ def _references(run_dir: Path, pairs: pd.DataFrame, split: str) -> pd.DataFrame:
     return chosen.sort_values("row")
 
 
-def _heldout_nll(base, adapter: Path | None, quantization: str, replies: pd.DataFrame) -> float:
-    loaded = load_adapted(base, adapter, quantization=quantization) if adapter else load_policy(base, quantization)
+def _heldout_nll(base, adapter: Path | None, loading: dict, replies: pd.DataFrame) -> float:
+    loaded = load_adapted(base, adapter, **loading) if adapter else load_policy(base, **loading)
     table = reply_nll(*loaded, replies["tweet"].tolist(), replies["reply"].tolist())
     return float(table["nll"].sum() / table["n_tokens"].sum())
 
@@ -143,18 +144,22 @@ def train_stage(
     max_new_tokens: int = 28, temperature: float = 1.0, advantage: str = "group", max_k: int = 0,
     reward_pass_threshold: float = 0.0, diversity_metric: str = "self_bleu", advantage_clip: float = 10.0,
     policy_every: int = 1, kl_weight: float = 0.02, loss_type: str = "dapo", micro_batch_size: int = 64,
-    gradient_accumulation: int = 0, gradient_checkpointing: bool = False,
+    gradient_accumulation: int = 8, gradient_checkpointing: bool = False,
     lora_r: int = 16, reward: str = "combined", reward_weight_learned: float = 0.8,
     reward_penalty: float = 0.0, allow_unvalidated_reward: bool = False, save_steps: int = 10,
-    validation_replies: int = 48, report_to: str = "none", seed: int = 0,
+    validation_replies: int = 48, watch_every: int = 10, watch_posts: int = 8, watch_replies: int = 4,
+    report_to: str = "tensorboard", seed: int = 0,
 ) -> pd.DataFrame:
-    """Train `arm` with `seed`; write train/<arm>/seed<seed>/: adapter/, train_log.csv, verdict.json; return the log.
+    """Train `arm` with `seed`; write train/<arm>/seed<seed>/: adapter/, train_log.csv, verdict.json, and what was
+    watched (watch.csv, samples.parquet, samples.html); return the log.
 
     Reads data/, policy/, reward_model/ and, for an arm with a warm start, that arm's adapter of the same seed. A run
     that was killed goes on from its last checkpoint. For the parameters see the notebook's parameters cell.
     """
     run_dir = Path(run_dir)
     parameters = {name: value for name, value in locals().items() if name != "run_dir"}
+    if phase_split not in ("same", "disjoint"):
+        raise ValueError(f"phase_split must be same or disjoint, got {phase_split!r}")
     setting = trainable_arm(arm, warm_start)
     weights = zip((alpha, beta, lam), (setting.alpha, setting.beta, setting.lam), strict=True)
     objective = Objective(*(own if given == -1 else given for given, own in weights))
@@ -165,9 +170,9 @@ def train_stage(
               run_dir / "reward_model" / "labels.parquet", *([start] if start else [])]
     with stage_manifest(folder, "train", parameters, inputs) as manifest:
         pairs, base, facts = load_pairs(run_dir), read_policy(run_dir), read_json(inputs[1])
-        heldout = _references(run_dir, pairs, "validation")
+        loading, heldout = loading_options(facts), _references(run_dir, pairs, "validation")
         heldout = heldout.sample(min(validation_replies, len(heldout)), random_state=child_seed(seed, "heldout"))
-        before = _heldout_nll(base, start, facts["quantization"], heldout)
+        before = _heldout_nll(base, start, loading, heldout)
         generates, score, identifier = bool(objective.beta or objective.lam), None, ""
         examples = (_references(run_dir, pairs, "policy") if objective.alpha else
                     pairs[pairs["split"] == "policy"].drop_duplicates("conversation_id").sort_values("row"))
@@ -182,6 +187,12 @@ def train_stage(
             score, identifier, manifest["reward_validated"] = training_reward(
                 run_dir, reward, reward_weight_learned, reward_penalty, allow_unvalidated_reward)
             manifest["reward"] = identifier
+        watch = None
+        if watch_every:
+            posts = watched_posts(pairs, watch_posts)
+            proxy = score or training_reward(run_dir, reward, reward_weight_learned, reward_penalty, True)[0]
+            watch = Watch(posts, proxy, training_judge(run_dir, pairs, posts), watch_every, watch_replies,
+                          max_new_tokens, temperature, seed)
         options = dict(max_new_tokens=max_new_tokens, posts_per_step=posts_per_step, num_generations=num_generations,
                        temperature=temperature, advantage=advantage, max_k=max_k, advantage_clip=advantage_clip,
                        diversity_metric=diversity_metric, policy_every=policy_every, kl_weight=kl_weight,
@@ -191,13 +202,15 @@ def train_stage(
             learning_rate=learning_rate_policy if objective.beta else learning_rate_supervised, max_steps=max_steps,
             batch_size=batch_size, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=gradient_checkpointing, lora_rank=lora_r, save_steps=save_steps,
-            seed=child_seed(seed, "train", arm), quantization=facts["quantization"], report_to=report_to,
-            base_name=facts["name"], label=arm, **options)
+            seed=child_seed(seed, "train", arm), report_to=report_to, base_name=facts["name"], label=arm, watch=watch,
+            **loading, **options)
         verdict = pilot_verdict(log) | {"heldout_nll": {
-            "before": before, "after": _heldout_nll(base, folder / "adapter", facts["quantization"], heldout),
+            "before": before, "after": _heldout_nll(base, folder / "adapter", loading, heldout),
             "replies": len(heldout), "unit": "nats per token, validation references"}}
         write_json(folder / "verdict.json", verdict)
         savefig(curves_figure(log, arm), folder / "figures" / "training_curves")
+        if watch:
+            savefig(watch_figure(pd.read_csv(folder / "watch.csv"), arm), folder / "figures" / "watch")
         manifest["verdict"] = verdict["text"]
     return log
 
