@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_engage.browser import VotingBooth, browser_widget, filter_replies, text_html, vote_widget, write_browser_html
+from grpo_engage.browser import (
+    VotingBooth,
+    browser_widget,
+    filter_replies,
+    replies_html,
+    text_html,
+    vote_widget,
+    write_browser_html,
+)
 from grpo_engage.core import write_csv
 from grpo_engage.decision import decide
 from grpo_engage.llm_judging import draw_pairs
@@ -22,7 +30,8 @@ from grpo_engage.votes import append_vote, inspection, read_votes, update_decisi
 
 NASTY = ["<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "$x$ and $$y$$",
          r"\(z\) \[w\] \begin{equation}1\end{equation}", r"\input{/etc/passwd} \write18{touch owned}", "😀" * 5000,
-         "**bold** [link](javascript:alert(1)) `code` # head | a | b |", "</td></tr></table></body></html>", "a" * 10_000,
+         "**bold** [link](javascript:alert(1)) `code` # head | a | b |", "</td></tr></table></body></html>",
+         "a" * 10_000,
          "</style><script>document.title='owned'</script>", "<!--", "]]>", "{{ 1 }} ${1} <%= 1 %>", "&lt;b&gt;", "' \"",
          "日本語 العربية", "one\ntwo", "=1+1"]  # fmt: skip
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -30,7 +39,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 def replies(texts):
     return pd.DataFrame([{"arm": arm, "seed": 0, "post": f"p{i}", "sample": 0, "text": text, "tweet": text,
-                          "judge": 0.2, "reward": 0.7} for arm in ("baseline", "hybrid") for i, text in enumerate(texts)])
+                          "judge": 0.2, "reward": 0.7}
+                         for arm in ("baseline", "hybrid") for i, text in enumerate(texts)])
 
 
 def parsed(markup):
@@ -63,7 +73,7 @@ def test_any_text_is_one_element_without_a_formula(text):
         assert run in ("$", "\\") or not set(run) & {"$", "\\"}
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed on this machine (Debian: apt-get install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian: apt-get install chromium)")
 def test_chromium_runs_nothing_and_shows_all(page, tmp_path):
     done = subprocess.run([CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}",
                            "--virtual-time-budget=2000", "--dump-dom", page.as_uri()], capture_output=True, timeout=120)
@@ -86,13 +96,12 @@ def test_pdf_of_every_text(tmp_path, engine):
         assert (tmp_path / "main.typ").read_text(encoding="utf-8").count("U+1F600") == 5000
 
 
-def test_notebook_output_survives_papermill_with_nasty_texts(tmp_path):
+def test_notebook_output_of_nasty_texts_and_its_page():
     """The static view inside an executed notebook, then nbconvert's page of it: still no script from the data."""
     import nbformat
     from nbconvert import HTMLExporter
 
     table = filter_replies(replies(NASTY))
-    from grpo_engage.browser import replies_html
     cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output(
         "display_data", data={"text/html": replies_html(table)})])
     notebook = nbformat.v4.new_notebook(cells=[cell])
@@ -171,7 +180,8 @@ def test_a_vote_is_on_disk_when_the_process_is_killed(tmp_path):
     assert len(read_votes(path)) == 1
 
 
-@pytest.mark.parametrize(("wins", "status"), [(20, "met"), (11, "inconclusive"), (2, "not met"), (None, "inconclusive")])
+@pytest.mark.parametrize(("wins", "status"), [(20, "met"), (11, "inconclusive"), (2, "not met"),
+                                              (None, "inconclusive")])
 def test_votes_decide_the_criterion_and_no_other(tmp_path, wins, status):
     rng = np.random.default_rng(0)
     by_post = pd.DataFrame([{"arm": arm, "seed": seed, "post": post, "metric": metric, "value": rng.random()}
