@@ -36,7 +36,8 @@ def draw_pairs(replies: pd.DataFrame, versus: str, limit: int, seed: int = 0) ->
     """At most `limit` pairs of each arm with arm `versus`.
 
     replies: arm, seed, post, sample, text, and what else each has (tweet, judge). Columns of the result: arm, versus,
-    seed, versus_seed, post, sample, tweet, reply, other, judge (reply's minus other's, NaN where not known).
+    seed, versus_seed, post, sample, versus_sample, tweet, reply, other, judge (reply's minus other's, NaN where not
+    known). The other reply is the *next* sample: arms share their draws, so equal samples are often the same text.
     Raises ValueError when `versus` has no reply, or limit is below 1.
     """
     if limit < 1 or versus not in set(replies["arm"]):
@@ -47,6 +48,8 @@ def draw_pairs(replies: pd.DataFrame, versus: str, limit: int, seed: int = 0) ->
     for arm, own in replies[replies["arm"] != versus].groupby("arm", sort=True):
         matched = own["seed"].isin(rival["seed"]).all()
         chosen = rival if matched else rival[rival["seed"] == rival["seed"].min()]
+        size = chosen.groupby(["post", "seed"])["sample"].transform("size")
+        chosen = chosen.assign(versus_sample=chosen["sample"], sample=(chosen["sample"] - 1) % size)
         keys = ["post", "sample", "seed"] if matched else ["post", "sample"]
         pairs = own.assign(own_seed=own["seed"]).merge(chosen.assign(versus_seed=chosen["seed"]), on=keys,
                                                        suffixes=("", "_other"))
@@ -55,8 +58,8 @@ def draw_pairs(replies: pd.DataFrame, versus: str, limit: int, seed: int = 0) ->
         pairs = pairs.sort_values("turn", kind="stable").head(limit)
         drawn.append(pd.DataFrame({
             "arm": arm, "versus": versus, "seed": pairs["own_seed"], "versus_seed": pairs["versus_seed"],
-            "post": pairs["post"], "sample": pairs["sample"], "tweet": pairs["tweet"], "reply": pairs["text"],
-            "other": pairs["text_other"], "judge": pairs["judge"] - pairs["judge_other"]}).assign(
+            "post": pairs["post"], "sample": pairs["sample"], "versus_sample": pairs["versus_sample"],
+            "tweet": pairs["tweet"], "reply": pairs["text"], "other": pairs["text_other"], "judge": pairs["judge"] - pairs["judge_other"]}).assign(
                 place=range(len(pairs))))
     if not drawn:
         raise ValueError(f"draw_pairs: there is no arm but {versus!r}")
@@ -121,8 +124,8 @@ def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", li
     run_dir = Path(run_dir)
     replies = read_replies(run_dir)
     pairs = draw_pairs(replies, versus, limit, seed)
-    other = pairs.drop(columns=["arm", "seed", "reply"]).rename(
-        columns={"versus": "arm", "versus_seed": "seed", "other": "reply"})
+    other = pairs.drop(columns=["arm", "seed", "sample", "reply"]).rename(
+        columns={"versus": "arm", "versus_seed": "seed", "versus_sample": "sample", "other": "reply"})
     keys = ["arm", "seed", "post", "sample"]
     shown = pd.concat([pairs, other])[[*keys, "tweet", "reply"]].drop_duplicates(keys).merge(
         replies[[*keys, "judge"]], on=keys, how="left", validate="one_to_one")
