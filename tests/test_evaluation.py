@@ -276,7 +276,7 @@ def full_run(run_dir, monkeypatch):
                               "finish_reason": "stop"} for post in range(len(tweets)) for sample in range(n)])
 
     monkeypatch.setattr(evaluation, "read_policy", lambda run_dir: "nowhere")
-    monkeypatch.setattr(evaluation, "load_policy", lambda *_: (None, None))
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_, **__: (None, None))
     monkeypatch.setattr(evaluation, "load_adapted", lambda *_, **__: (None, None))
     monkeypatch.setattr(evaluation, "generate_replies", fake_replies)
     return run_dir, calls
