@@ -16,7 +16,7 @@ from grpo_engage.runner import job_parameters
 NOTEBOOKS = Path(workflow.basedir) / "nbs"
 # The notebooks whose code decides what a stage writes, by their numbers; a change in one of them redoes the stage.
 NUMBERS = {"data": ["01", "02"], "heuristic_reward": ["03"], "reward_model": ["04"], "policy": ["05"],
-           "train": ["06", "07"], "evaluation": ["05d", "05e", "08", "09"], "paper": ["10"]}
+           "best_of_n": ["03", "04", "05"], "train": ["06", "07"], "evaluation": ["05d", "05e", "08", "09"], "paper": ["10"]}
 SOURCE = [config["stages"]["data"]["data_path"]] if config["stages"]["data"]["source"] == "file" else []
 JOB = f"exec {sys.executable} -m grpo_engage job"
 
@@ -100,6 +100,27 @@ rule policy:
         JOB + " policy"
 
 
+rule best_of_n:
+    input:
+        "data/pairs.parquet",
+        "reward_model/reward/model.safetensors",
+        "reward_model/judge/model.safetensors",
+        "policy/policy.json",
+        notebooks("best_of_n"),
+    output:
+        "best_of_n/curves.csv",
+        "best_of_n/peaks.csv",
+        "best_of_n/paired.csv",
+        "best_of_n/replies.csv",
+    log:
+        **logs("best_of_n"),
+    params:
+        parameters=parameters("best_of_n"),
+    threads: workflow.cores
+    shell:
+        JOB + " best_of_n"
+
+
 def warm_start(wildcards):
     chosen = parameters("train", wildcards.arm, int(wildcards.seed)).get("warm_start", "arm")
     origin = trainable_arm(wildcards.arm, chosen).warm_start
@@ -168,6 +189,7 @@ rule paper:
         "evaluation/pass.json",
         expand("train/{arm}/seed{seed}/verdict.json", arm=config["arms"], seed=config["seeds"]),
         "policy/policy.json",
+        "best_of_n/peaks.csv",
         notebooks("paper"),
         str(Path(workflow.basedir) / "paper" / "main.tex"),
         str(Path(workflow.basedir) / "paper" / "references.bib"),

@@ -218,6 +218,20 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+def _judge(args: argparse.Namespace) -> int:
+    from grpo_engage.llm_client import Endpoint
+    from grpo_engage.llm_judging import judge_run
+
+    if not (run_folder(args.run) / "evaluation" / "generations.parquet").exists():
+        raise ValueError(f"there is no run {args.run!r} with an evaluation in {run_folder(args.run).parent}")
+    endpoint = Endpoint(args.url, args.model, args.key_variable, args.price_in, args.price_out)
+    tables = judge_run(run_folder(args.run), endpoint, versus=args.versus, limit=args.limit, repeats=args.repeats,
+                       injected=args.injected, max_cost=args.max_cost)
+    for name in ("summary", "agreement", "flips"):
+        print(f"{name}\n{tables[name].round(3).to_string(index=False, na_rep='', max_colwidth=60)}")
+    return 0
+
+
 def _params(args: argparse.Namespace) -> int:
     for stage in [args.stage] if args.stage else STAGES:
         print(f"{stage} (nbs/{notebook_of(stage).name})")
@@ -269,6 +283,17 @@ def _parser() -> argparse.ArgumentParser:
     command("paper", _paper, "make the paper of a run and copy it to paper/").add_argument("--run", required=True)
     command("list", _list, "list the runs with status, time and headline numbers")
     command("params", _params, "explain the parameters").add_argument("stage", nargs="?")
+    judge = command("judge", _judge, "let a language model judge the replies of a finished run")
+    for name, kind, default, text in (
+            ("run", str, None, "the run"), ("model", str, None, "the model's name at the endpoint"),
+            ("url", str, None, "an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1"),
+            ("max-cost", float, float("inf"), "US dollars that may be spent; needed for another machine's endpoint"),
+            ("price-in", float, float("nan"), "US dollars for a million tokens read"),
+            ("price-out", float, float("nan"), "US dollars for a million tokens written"),
+            ("key-variable", str, "GRPO_ENGAGE_JUDGE_KEY", "environment variable that holds the key"),
+            ("limit", int, 20, "pairs of each arm"), ("repeats", int, 2, "how often each question is asked"),
+            ("injected", int, 2, "pairs on which hidden orders are tried"), ("versus", str, "baseline", "the rival")):
+        judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)
     job = command("job", _job, "run one job inside a run's folder (Snakemake calls this)")
     job.add_argument("stage")
     job.add_argument("--arm", default="")

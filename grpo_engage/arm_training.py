@@ -141,7 +141,8 @@ def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, *, objecti
     reward fails (at a checkpoint: the same call goes on once it is mended), FloatingPointError when loss or gradient is
     not finite, ValueError for what does not fit together, ImportError for a report without its package.
     """
-    saved = {name: value for name, value in options.items() if name not in ("callbacks", "report_to", "label", "watch")}
+    saved = {name: getattr(value, "__qualname__", value)  # a diversity metric may be a function
+             for name, value in options.items() if name not in ("callbacks", "report_to", "label", "watch")}
     columns = ["tweet", "reply"] if objective.alpha else ["tweet"]
     data = examples[columns].reset_index(drop=True)
     weights = {name: asdict(objective)[name] for name in ("alpha", "beta", "lam")}

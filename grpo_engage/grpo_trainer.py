@@ -14,7 +14,13 @@ from accelerate.utils import gather_object
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from .advantages import group_advantage, leave_one_out_advantage, max_at_k_advantage, rms_scaled
+from grpo_engage.advantages import (
+    group_advantage,
+    leave_one_out_advantage,
+    less_other_groups,
+    max_at_k_advantage,
+    rms_scaled,
+)
 from .diversity import DIVERSITY_METRICS, SetFunction, diversity_and_credit, set_diversity
 from .objective import Objective
 from .policy import clean_text
@@ -40,8 +46,9 @@ class ReplyTrainer(GRPOTrainer):
     has a column `reference` (text of a good reply) beside `prompt` (text). With beta = lam = 0 nothing is generated and
     a step sees `generation_batch_size` references; otherwise one reference for each group.
 
-    advantage: "group" (TRL's), "leave_one_out" or "max_at_k" with `max_k` (None: K). All but TRL's are divided by their
-    root mean square over the batch, as is the diversity credit (never below `rms_floor`). diversity_metric: see
+    advantage: "group" (TRL's), "leave_one_out" or "max_at_k" with `max_k` (None: K). All but TRL's have the other
+    groups' mean subtracted and are divided by their root mean square over the batch, as is the diversity credit (never
+    below `rms_floor`). diversity_metric: see
     `set_diversity`. advantage_clip: bound of |beta * A + lam * credit| (None: none). policy_every: group terms on steps
     0, n, 2n ... only (by the global step, so a resume keeps the phase; they are not multiplied by n to make up for it).
     kl_weight: KL(policy || warm start) inside L_grpo, so TRL's own `args.beta` is beta * kl_weight. exact: unscaled,
@@ -126,7 +133,8 @@ class ReplyTrainer(GRPOTrainer):
         """clip(beta * A + lam * credit) of this process's replies, (B,); the groups are those of all processes."""
         rewards_per_function, texts = self._scored
         metrics = self._metrics["train" if self.model.training else "eval"]
-        scaled = (lambda values: values) if self.exact else (lambda values: rms_scaled(values, self.rms_floor))
+        scaled = ((lambda values: values) if self.exact else
+                  lambda values: rms_scaled(less_other_groups(values), self.rms_floor))
         here = slice(self.accelerator.process_index * len(stock), (self.accelerator.process_index + 1) * len(stock))
         combined = np.zeros(len(stock))
         if self.objective.beta and self.advantage == "group":

@@ -67,13 +67,14 @@ def guards(counts: pd.DataFrame) -> pd.DataFrame:
     })
 
 # %% ../nbs/03_heuristic_reward.ipynb #c018
-def guard_flags(tweets: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
+def guard_flags(tweets: Sequence[str], replies: Sequence[str], counts: pd.DataFrame | None = None) -> pd.DataFrame:
     """Whether each reply is empty (no words), an echo, spam (links, promotion, floods, repetition, word salad, control
     characters, wrong language, overlong, addressed to a judge), generic, or toxic: (n, 5) booleans.
 
-    Raises ValueError for unequal lengths and TypeError for entries that are no strings.
+    counts: their `count_pairs`, where it is known already. Raises ValueError for unequal lengths and TypeError for
+    entries that are no strings.
     """
-    counts = count_pairs(tweets, replies)
+    counts = count_pairs(tweets, replies) if counts is None else counts
     factor = guards(counts)
     return pd.DataFrame({
         "empty": factor["empty"] == 0,

@@ -23,7 +23,8 @@ from .core import REPO_ROOT
 # %% ../nbs/11_parameters.ipynb #c003
 # Stage -> the notebook that is its explanation, its source and what papermill runs; in the order of the data flow.
 STAGES = {"data": "02_data", "heuristic_reward": "03_heuristic_reward", "reward_model": "04_reward_model",
-          "policy": "05_policy", "train": "07_hybrid", "evaluation": "09_evaluation", "paper": "10_paper"}
+          "policy": "05_policy", "best_of_n": "05i_best_of_n", "train": "07_hybrid",
+          "evaluation": "09_evaluation", "paper": "10_paper"}
 # What the runner sets itself, from the graph: never a preset's or a user's business.
 GRAPH_PARAMETERS = {"run_dir", "arm", "arms", "seeds", "preset"}
 

@@ -21,8 +21,11 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
@@ -69,10 +72,11 @@ def clean_text(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> s
 INSTRUCTION = "You write short, engaging replies to social-media posts."
 
 
-def format_prompt(tweet: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def format_prompt(tweet: str, tokenizer: PreTrainedTokenizerBase, instruction: str = INSTRUCTION) -> str:
     """The prompt that asks for a reply to `tweet`: text which `tokenizer(text)` turns into exactly the ids to use.
 
-    The only place where a prompt is made: every model, arm, stage and metric calls it.
+    The only place where a prompt is made: every model, arm, stage and metric calls it. `instruction` differs only for
+    the rival that is a better prompt instead of training; some templates (nano's) have no place for it.
     Raises: ValueError for a tokenizer without chat template.
     """
     if not tokenizer.chat_template:
@@ -81,9 +85,9 @@ def format_prompt(tweet: str, tokenizer: PreTrainedTokenizerBase) -> str:
     settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
     try:
         prompt = tokenizer.apply_chat_template(
-            [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": post}], **settings)
+            [{"role": "system", "content": instruction}, {"role": "user", "content": post}], **settings)
     except jinja2.exceptions.TemplateError:  # some templates (Gemma) know no system role: the same words, one turn
-        prompt = tokenizer.apply_chat_template([{"role": "user", "content": f"{INSTRUCTION}\n\n{post}"}], **settings)
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": f"{instruction}\n\n{post}"}], **settings)
     start = tokenizer.bos_token
     if start and prompt.startswith(start) and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]:
         prompt = prompt[len(start):]  # the tokenizer adds its start token itself; twice would be another prompt
@@ -152,13 +156,38 @@ def load_adapted(path: str | Path, adapter: Path, *, trainable: bool = False, qu
     return adapted, tokenizer
 
 # %% ../nbs/05_policy.ipynb #c014
+class _SampledLogProbs(LogitsProcessor):
+    """Temperature and nucleus as transformers applies them, and the log-probability of each token that is drawn.
+
+    Own bookkeeping: `output_scores` would keep (steps, batch, vocabulary) numbers, gigabytes for a vocabulary of 150k.
+    """
+
+    def __init__(self, temperature: float, top_p: float):
+        self.warpers = [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
+        self.current: torch.Tensor | None = None  # log-probabilities of the step whose token is not drawn yet
+        self.steps: list[torch.Tensor] = []
+
+    def drawn(self, tokens: torch.Tensor) -> None:
+        """Note the log-probability of `tokens` (batch,), drawn at the latest step."""
+        self.steps.append(self.current.gather(1, tokens[:, None])[:, 0].cpu())
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.current is not None:
+            self.drawn(input_ids[:, -1])
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
+        self.current = scores.float().log_softmax(-1)
+        return scores
+
+
 def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets: Sequence[str], n: int = 1,
                      temperature: float = 1.0, top_p: float = 1.0, max_new_tokens: int = 28, batch_size: int = 64,
-                     seed: int = 0, label: str = "replies, batches") -> pd.DataFrame:
+                     seed: int = 0, label: str = "replies, batches", instruction: str = INSTRUCTION) -> pd.DataFrame:
     """Sample `n` replies to each of `tweets`.
 
     Returns one row per reply, in order: post (index into `tweets`), sample (0 … n-1), text (cleaned), n_tokens (sampled
-    tokens, the end token included), finish_reason ("stop": it ended itself, "length": it was cut).
+    tokens, the end token included), finish_reason ("stop": it ended itself, "length": it was cut), log_prob (nats: sum
+    over those tokens, under the distribution sampled from, temperature and top_p included).
     Batch b draws from the stream (seed, b): the same arguments give the same replies, whatever was sampled before.
     label: of the progress lines; "": none.
     """
@@ -168,9 +197,10 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                          f"top_p={top_p}")
     ends = model.generation_config.eos_token_id
     ends = sorted({tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends or [])})
-    settings = GenerationConfig(do_sample=True, temperature=temperature, top_p=top_p, top_k=0, eos_token_id=ends,
+    # temperature and top_p are applied by _SampledLogProbs, in transformers' own order
+    settings = GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=ends,
                                 max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-    prompts = [format_prompt(tweet, tokenizer) for tweet in tweets]
+    prompts = [format_prompt(tweet, tokenizer, instruction) for tweet in tweets]
     jobs = [(post, sample) for post in range(len(prompts)) for sample in range(n)]
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     was_training = model.training
@@ -182,14 +212,19 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(child_seed(seed, "generate", index))
-            output = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1]:].tolist()
-        for (post, sample), ids in zip(batch, output, strict=True):
+            sampler = _SampledLogProbs(temperature, top_p)
+            output = model.generate(**inputs, generation_config=settings, logits_processor=[sampler])
+            sampler.drawn(output[:, -1])
+        by_step = torch.stack(sampler.steps, dim=1).double()
+        output = output[:, inputs["input_ids"].shape[1]:].tolist()
+        for (post, sample), ids, log_probs in zip(batch, output, by_step, strict=True):
             stop = next((place for place, token in enumerate(ids) if token in ends), None)
             kept = ids if stop is None else ids[: stop + 1]
             text = clean_text(tokenizer.decode(kept, skip_special_tokens=True), tokenizer)
-            rows.append((post, sample, text, len(kept), "length" if stop is None else "stop"))
+            rows.append((post, sample, text, len(kept), "length" if stop is None else "stop",
+                         float(log_probs[: len(kept)].sum())))
     model.train(was_training)
-    return pd.DataFrame(rows, columns=["post", "sample", "text", "n_tokens", "finish_reason"])
+    return pd.DataFrame(rows, columns=["post", "sample", "text", "n_tokens", "finish_reason", "log_prob"])
 
 # %% ../nbs/05_policy.ipynb #c017
 def reply_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets: Sequence[str],
@@ -225,7 +260,7 @@ def reply_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets
     model.train(was_training)
     return pd.DataFrame(rows, columns=["nll", "n_tokens"])
 
-# %% ../nbs/05_policy.ipynb #c021
+# %% ../nbs/05_policy.ipynb #c025
 def loading_options(facts: Mapping) -> dict[str, str]:
     """quantization and attention of a run, from its policy.json: options of load_policy and load_adapted."""
     return {name: facts[name] for name in ("quantization", "attention") if name in facts}

@@ -144,14 +144,15 @@ class CopiedSpans:
         return float(best)
 
 # %% ../nbs/09c_text_metrics.ipynb #c021
-def safety_flags(tweets: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
+def safety_flags(tweets: Sequence[str], replies: Sequence[str], counts: pd.DataFrame | None = None) -> pd.DataFrame:
     """Columns link, mention, insult, profanity, negative, injection: 1.0, 0.0 or NaN, (n, 6).
 
     Their means are rates. `mention` leaves out the handles at the start (they address the post's author); `negative`:
     more negative than positive words. NaN for a reply without a word, and for the word-list columns where post or
-    reply is not English. Lists: 03a_reply_text. Raises as `count_pairs` does.
+    reply is not English. Lists: 03a_reply_text. `counts`: their `count_pairs`, where it is known already. Raises as
+    `count_pairs` does.
     """
-    counts = count_pairs(tweets, replies)
+    counts = count_pairs(tweets, replies) if counts is None else counts
     empty = counts["words"] == 0
     unread = empty | (counts["english"] == 0) | (counts["foreign"] > 0)
     flags = pd.DataFrame({

@@ -16,7 +16,7 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hypergeom, mannwhitneyu
 
-from grpo_engage import evaluation, scoring
+from grpo_engage import evaluation, generation, post_metrics, scoring
 from grpo_engage.core import REPO_ROOT
 from grpo_engage.evaluation import distinct_n, pass_at_k, rouge_l, self_bleu
 from grpo_engage.metrics import words
@@ -122,19 +122,21 @@ def run_dir(tmp_path, monkeypatch):
             for arm in ("baseline", "better", "weaker") if split == "test" else ("baseline",):
                 shift = {"baseline": 0.0, "better": 0.25, "weaker": -0.25}[arm]
                 level = rng.normal(-0.1, 0.2) + shift
-                made += [{"arm": arm, "seed": 0, "split": split, "post": post, "sample": sample,
+                made += [{"arm": arm, "kind": "trained", "seed": 0, "split": split, "post": post, "sample": sample,
                           "text": write(np.clip(level + rng.normal(0, 0.25), 0, 1), number, sample),
-                          "n_tokens": 4, "finish_reason": "stop"} for sample in range(N_SAMPLES)]
+                          "tokens": 4, "log_prob": -9.0, "finish_reason": "eos"} for sample in range(N_SAMPLES)]
     (tmp_path / "data").mkdir()
     (tmp_path / "evaluation").mkdir()
     pd.DataFrame(pairs).to_parquet(tmp_path / "data" / "pairs.parquet")
     pd.DataFrame(made).to_parquet(tmp_path / "evaluation" / "generations.parquet")
     judge = (quality, scoring.beat_fraction)
+    monkeypatch.setattr(evaluation, "draw_figures", lambda *_: None)  # slow; test_scoring_again draws them
     monkeypatch.setattr(evaluation, "engagement_scorers", lambda *_: ("model", {"judge": judge, "reward": judge}))
     return tmp_path
 
 
 def score(run_dir, **options):
+    options = {"embeddings": False} | options
     return evaluation.score_generations(run_dir, n_boot=200, **options).set_index(["arm", "metric"])["value"]
 
 
@@ -273,18 +275,18 @@ def full_run(run_dir, monkeypatch):
         calls.append({"tweets": tuple(tweets), "n": n, "temperature": temperature, "seed": seed})
         rng = np.random.default_rng(seed)
         return pd.DataFrame([{"post": post, "sample": sample, "text": write(rng.random(), post, sample), "n_tokens": 4,
-                              "finish_reason": "stop"} for post in range(len(tweets)) for sample in range(n)])
+                              "finish_reason": "stop", "log_prob": -9.0} for post in range(len(tweets)) for sample in range(n)])
 
-    monkeypatch.setattr(evaluation, "read_policy", lambda run_dir: "nowhere")
-    monkeypatch.setattr(evaluation, "load_policy", lambda *_, **__: (None, None))
-    monkeypatch.setattr(evaluation, "load_adapted", lambda *_, **__: (None, None))
-    monkeypatch.setattr(evaluation, "generate_replies", fake_replies)
+    monkeypatch.setattr(generation, "read_policy", lambda run_dir: "nowhere")
+    monkeypatch.setattr(generation, "load_policy", lambda *_, **__: (None, None))
+    monkeypatch.setattr(generation, "load_adapted", lambda *_, **__: (None, None))
+    monkeypatch.setattr(generation, "generate_replies", fake_replies)
     return run_dir, calls
 
 
 def test_every_arm_gets_the_same_posts_and_sampling(full_run):
     run_dir, calls = full_run
-    evaluation.evaluation_stage(run_dir, n_boot=100)
+    evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False)
     assert len(calls) == 4  # baseline on validation; baseline, grpo and base on test
     assert len({call["tweets"] for call in calls[1:]}) == 1 and len(calls[1]["tweets"]) == 8
     assert len({(call["n"], call["temperature"], call["seed"]) for call in calls[1:]}) == 1
@@ -299,13 +301,13 @@ def test_a_killed_run_goes_on_with_the_next_arm_and_a_changed_adapter_is_new(ful
     original = evaluation.score_generations
     monkeypatch.setattr(evaluation, "score_generations", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        evaluation.evaluation_stage(run_dir, n_boot=100)
+        evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False)
     assert json.loads((run_dir / "evaluation" / "manifest.json").read_text())["status"] == "failed"
     shutil.rmtree(run_dir / "evaluation" / "figures", ignore_errors=True)
     (run_dir / "train" / "grpo" / "seed0" / "adapter" / "weights").write_text("trained again")
     monkeypatch.setattr(evaluation, "score_generations", original)
     calls.clear()
-    evaluation.evaluation_stage(run_dir, n_boot=100)
+    evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False)
     assert len(calls) == 1  # grpo alone
     assert not (run_dir / "evaluation" / "parts").exists()
 
@@ -321,6 +323,95 @@ def test_stage_refuses(full_run, options, message):
 def test_missing_adapter_is_named(full_run):
     with pytest.raises(FileNotFoundError, match="train/hybrid/seed0/adapter"):
         evaluation.evaluation_stage(full_run[0], arms=["baseline", "hybrid"])
+
+
+def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full_run, tmp_path):
+    run_dir, calls = full_run
+    posts = [f"test-{number}" for number in range(N_POSTS)]
+    theirs = tmp_path / "theirs.csv"
+    pd.DataFrame({"conversation_id": posts * 16, "text": ["=cmd() $x$ <script> 0.9"] * 16 * N_POSTS}).to_csv(
+        theirs, index=False)
+    table = evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5], rivals=[
+        "real", "best_of_n"], best_of=3, arm_files=[str(theirs)])
+    made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
+    assert made.columns.tolist() == generation.COLUMNS
+    assert set(made.loc[made["kind"] == "rival", "arm"]) == {"baseline_T0.5", "best_of_n", "real", "theirs"}
+    assert [call["n"] for call in calls].count(48) == 1 and [call["temperature"] for call in calls].count(0.5) == 1
+    value = table.set_index(["arm", "metric"])["value"]
+    assert value["best_of_n", "reward_engagement"] > value["baseline", "reward_engagement"] + 0.1  # of three, the best
+    assert value["real", "judge_engagement"] == pytest.approx(0.5)  # all nine of each post, each against the others
+    assert math.isnan(value["real", "pass@10"]) and value["real", "pass@5"] > 0 and math.isnan(value["real", "self_bleu"])
+    assert value["theirs", "self_bleu"] == pytest.approx(1)
+    notes = " ".join(pd.read_csv(run_dir / "evaluation" / "notes.csv")["note"])
+    assert "real seed 0: pass@10 could not be computed for 8 of 8 posts (fewer than 10 replies)" in notes
+    assert "theirs: 352 of 480 replies of the file are left out" in notes
+    assert set(pd.read_csv(run_dir / "evaluation" / "decision.csv")["arm"]) == {"grpo"}
+    comparisons = pd.read_csv(run_dir / "evaluation" / "comparisons.csv").set_index("arm")
+    assert comparisons.loc[["theirs", "best_of_n"], "p_holm"].isna().all() and comparisons.loc["grpo", "p_holm"].notna().any()
+    costs = pd.read_csv(run_dir / "evaluation" / "costs.csv").set_index("arm")
+    assert costs.loc["best_of_n", "sampled_tokens"] == 8 * 48 * 4 and math.isnan(costs.loc["real", "seconds"])
+
+
+def test_an_unusable_file_is_named_with_its_line(full_run, tmp_path):
+    path = tmp_path / "theirs.jsonl"
+    path.write_text(json.dumps({"post": "test-0", "text": "x"}) + "\n" + json.dumps({"post": "elsewhere", "text": "x"}))
+    with pytest.raises(ValueError, match="theirs.jsonl, line 2: post 'elsewhere' is not a test post"):
+        evaluation.evaluation_stage(full_run[0], n_boot=100, embeddings=False, arm_files=[str(path)])
+    with pytest.raises(FileNotFoundError, match="nothere.csv"):
+        evaluation.evaluation_stage(full_run[0], arm_files=["nothere.csv"])
+    with pytest.raises(ValueError, match="name each of prompted"):
+        evaluation.evaluation_stage(full_run[0], rivals=["oracle"])
+
+
+def test_scoring_again_needs_no_policy_and_draws_embedded_fonts(run_dir, monkeypatch):
+    monkeypatch.undo()  # the real draw_figures; the judge is put back below
+    judge = (quality, scoring.beat_fraction)
+    monkeypatch.setattr(evaluation, "engagement_scorers", lambda *_: ("model", {"judge": judge, "reward": judge}))
+    assert not (run_dir / "policy").exists() and not (run_dir / "train").exists()
+    first = score(run_dir)
+    pd.testing.assert_series_equal(score(run_dir), first)
+    figures = sorted((run_dir / "evaluation" / "figures").glob("*.pdf"))
+    assert {"pass_at_k", "quality_diversity", "tau_sensitivity", "distributions", "safety", "calibration",
+            "forest"} == {path.stem for path in figures}
+    for path in figures:
+        content = path.read_bytes()
+        assert b"/CIDFontType2" in content and b"/Type3" not in content, path  # TrueType, embedded
+        assert path.with_suffix(".png").exists()
+
+
+def test_a_frozen_mark_is_only_read_and_a_change_of_its_inputs_is_said(run_dir):
+    score(run_dir)
+    path = run_dir / "evaluation" / "pass.json"
+    before = path.read_bytes()
+    generations = run_dir / "evaluation" / "generations.parquet"
+    made = pd.read_parquet(generations)
+    made.loc[made["split"] == "validation", "text"] = "reply now 0.999999"
+    made.to_parquet(generations)
+    score(run_dir, target_pass_at_10=0.3)
+    assert path.read_bytes() == before
+    notes = " ".join(pd.read_csv(run_dir / "evaluation" / "notes.csv")["note"])
+    assert "inputs have changed since (validation replies, target_pass_at_10)" in notes
+    path.write_text(path.read_text().replace('"judge": "model"', '"judge": "gold"'))
+    with pytest.raises(ValueError, match="set under judge 'gold'.*delete it"):
+        score(run_dir)
+
+
+def test_a_ceiling_is_said_in_the_table_itself(run_dir):
+    generations = run_dir / "evaluation" / "generations.parquet"
+    made = pd.read_parquet(generations)
+    made.loc[made["split"] == "test", "text"] = "so good 1.0"
+    made.to_parquet(generations)
+    evaluation.score_generations(run_dir, n_boot=100, embeddings=False)
+    table = pd.read_csv(run_dir / "evaluation" / "metrics.csv").set_index("metric")
+    assert table.loc["pass@10", "warning"].str.startswith("ceiling").all() and table.loc["self_bleu", "warning"].isna().all()
+
+
+def test_two_processes_give_what_one_gives(run_dir):
+    made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
+    texts, posts = made["text"].tolist()[:5000], made["post"].tolist()[:5000]
+    arguments = posts, texts, [["a real reply", "w1 w2"]] * len(texts), ["reply w3 w1 of training"]
+    pd.testing.assert_frame_equal(post_metrics.read_replies(*arguments, n_jobs=2),
+                                  post_metrics.read_replies(*arguments, n_jobs=1), check_exact=True)
 
 
 def test_posts_need_two_replies():

@@ -15,10 +15,10 @@ from grpo_engage.core import read_json
 from grpo_engage.simulator import simulate_pairs
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
-        "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true"]
+        "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16"]
 COMMAND = [sys.executable, "-m", "grpo_engage", "run", "--preset", "smoke"]
-STAGES = ["data", "heuristic_reward", "reward_model", "policy", "train/baseline/seed0", "train/grpo/seed0",
-          "evaluation", "paper"]
+STAGES = ["data", "heuristic_reward", "reward_model", "policy", "best_of_n", "train/baseline/seed0",
+          "train/grpo/seed0", "evaluation", "paper"]
 
 
 def arguments(run, *more, tiny=TINY):
