@@ -278,7 +278,7 @@ def full_run(run_dir, monkeypatch):
                               "finish_reason": "stop", "log_prob": -9.0} for post in range(len(tweets)) for sample in range(n)])
 
     monkeypatch.setattr(generation, "read_policy", lambda run_dir: "nowhere")
-    monkeypatch.setattr(generation, "load_policy", lambda *_: (None, None))
+    monkeypatch.setattr(generation, "load_policy", lambda *_, **__: (None, None))
     monkeypatch.setattr(generation, "load_adapted", lambda *_, **__: (None, None))
     monkeypatch.setattr(generation, "generate_replies", fake_replies)
     return run_dir, calls

@@ -1,0 +1,170 @@
+"""What the training stage makes of its settings: phases, warm starts, the pass indicator, and the strategy's list."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_grpo_trainer import KillAfter, Killed, brevity
+
+from grpo_engage import hybrid
+from grpo_engage.arm_training import make_trainer, train_arm
+from grpo_engage.core import file_sha256, write_json, write_parquet
+from grpo_engage.grpo_trainer import Objective
+from grpo_engage.parameters import load_preset, notebook_of, read_parameters, resolve_config
+from grpo_engage.simulator import simulate_pairs
+from grpo_engage.training_loop import tidy_log
+from grpo_engage.watching import training_judge, watched_posts
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A run with data, labels and adapters as the stages before would leave them; nothing in it was trained."""
+    folder = tmp_path_factory.mktemp("run")
+    pairs = simulate_pairs(60, seed=4).reset_index(drop=True)
+    names = {name: index for index, name in enumerate(pairs["conversation_id"].unique())}
+    pairs = pairs.assign(row=pairs.index, split=["validation" if names[name] % 4 == 3 else "policy"
+                                                 for name in pairs["conversation_id"]])
+    write_parquet(folder / "data" / "pairs.parquet", pairs)
+    write_parquet(folder / "reward_model" / "labels.parquet", pd.DataFrame({"row": pairs["row"], "reference": True}))
+    write_json(folder / "policy" / "policy.json", {"name": "nano", "sha256": None, "quantization": "none"})
+    for arm in ("baseline", "polychromic"):
+        for seed in (0, 1):
+            write_json(folder / "train" / arm / f"seed{seed}" / "adapter" / "adapter_config.json", [arm, seed])
+    return folder
+
+
+class Caught(Exception):
+    pass
+
+
+@pytest.fixture
+def stage(run_dir, monkeypatch):
+    """`train_stage` up to the moment when training would start: the arguments that `train_arm` gets."""
+    def catch(base, examples, folder, **settings):
+        raise Caught({"examples": examples, "folder": folder, **settings})
+
+    monkeypatch.setattr(hybrid, "train_arm", catch)
+    monkeypatch.setattr(hybrid, "_heldout_nll", lambda *_: 1.0)
+
+    def call(**settings):
+        with pytest.raises(Caught) as caught:
+            hybrid.train_stage(run_dir, reward="heuristic", report_to="none", **settings)
+        return caught.value.args[0]
+
+    return call
+
+
+def conversations(arguments):
+    return set(arguments["examples"]["conversation_id"])
+
+
+def test_disjoint_phases_share_no_conversation_and_leave_none_out(stage):
+    whole = {arm: conversations(stage(arm=arm)) for arm in hybrid.ARMS}
+    assert whole["baseline"] == whole["grpo"] == whole["polychromic"] == whole["hybrid"]
+    halves = {arm: conversations(stage(arm=arm, phase_split="disjoint")) for arm in hybrid.ARMS}
+    assert halves["baseline"] == halves["polychromic"] and halves["grpo"] == halves["hybrid"]
+    assert not halves["baseline"] & halves["grpo"] and halves["baseline"] | halves["grpo"] == whole["grpo"]
+    assert min(map(len, halves.values())) > len(whole["grpo"]) / 4
+    assert halves["grpo"] == conversations(stage(arm="grpo", phase_split="disjoint", seed=1))  # for every seed the same
+
+
+def test_an_unknown_phase_split_is_refused(run_dir):
+    with pytest.raises(ValueError, match="phase_split must be same or disjoint, got 'both'"):
+        hybrid.train_stage(run_dir, phase_split="both")
+
+
+@pytest.mark.parametrize(("arm", "warm_start", "origin"), [
+    ("baseline", "arm", None), ("polychromic", "arm", None), ("grpo", "arm", "baseline"), ("hybrid", "arm", "baseline"),
+    ("grpo", "base", None), ("grpo", "baseline", "baseline"), ("grpo", "polychromic", "polychromic"),
+    ("baseline", "polychromic", "polychromic")])
+def test_warm_start_is_what_was_asked_for_and_of_the_same_seed(stage, run_dir, arm, warm_start, origin):
+    for seed in (0, 1):
+        expected = None if origin is None else run_dir / "train" / origin / f"seed{seed}" / "adapter"
+        assert stage(arm=arm, warm_start=warm_start, seed=seed)["warm_start"] == expected
+
+
+def test_a_missing_warm_start_of_this_seed_is_not_replaced_by_another_seeds(run_dir):
+    with pytest.raises(FileNotFoundError, match="train/baseline/seed2/adapter"):
+        hybrid.train_stage(run_dir, arm="grpo", seed=2)
+
+
+def test_the_same_posts_are_watched_in_every_arm_and_seed_and_none_is_trained_on(stage, run_dir):
+    first = stage(arm="baseline")["watch"]
+    for arguments in (stage(arm="grpo", seed=1), stage(arm="hybrid", watch_posts=8)):
+        assert arguments["watch"].posts == first.posts and len(first.posts) == 8
+    assert not set(first.posts) & set(stage(arm="grpo")["examples"]["tweet"])
+    assert stage(arm="baseline", watch_every=0)["watch"] is None
+    assert len(stage(arm="baseline", watch_posts=10**5)["watch"].posts) == 15  # all that there are
+    assert first.seed != stage(arm="baseline", seed=1)["watch"].seed
+
+
+def test_the_judge_of_real_posts_gives_the_probability_of_beating_their_real_replies(tmp_path, monkeypatch):
+    class Model:
+        def logits(self, tweets, replies):
+            return np.array([float(len(reply)) for reply in replies])
+
+    monkeypatch.setattr("grpo_engage.watching.EngagementRewardModel.load", lambda folder: Model())
+    pairs = pd.DataFrame({"tweet": ["a", "a", "b"], "reply": ["1", "333", "22"], "split": "validation",
+                          "source": "twitter"})
+    judge = training_judge(tmp_path, pairs, watched_posts(pairs, 2))
+    sigmoid = [1 / (1 + np.exp(-(3 - other))) for other in (1, 3, 2)]
+    assert judge(["a", "b"], ["xyz", "uvw"]) == pytest.approx([np.mean(sigmoid[:2]), sigmoid[2]])
+
+
+def test_a_pass_indicator_is_what_training_sees(base, pairs, tmp_path):
+    """1 where the score reaches the mark, else 0; so the logged mean is the share that passes."""
+    scored = []
+
+    def noted(tweets, replies):
+        scored.extend(brevity(tweets, replies))
+        return brevity(tweets, replies)
+
+    trainer = make_trainer(base, pairs, tmp_path, objective=Objective(0.0, 1.0, 0.0), reward=noted, max_steps=1,
+                           learning_rate=1e-3, posts_per_step=4, num_generations=4, max_new_tokens=12,
+                           pass_threshold=0.35)
+    trainer.train()
+    passes = np.array(scored) >= 0.35
+    assert 0 < passes.mean() < 1
+    assert list(trainer._logs["rewards"]["reward"]) == passes.astype(float).tolist()
+    assert tidy_log(trainer.state.log_history)["reward"][0] == pytest.approx(passes.mean())
+
+
+def test_policy_every_keeps_its_phase_after_a_kill(base, pairs, tmp_path):
+    """Killed in a step between: the resumed run samples groups in the same steps, and ends with the same bytes."""
+    options = dict(objective=Objective(0.5, 0.5, 0.0), reward=brevity, reward_id="brevity", max_steps=5, save_steps=1,
+                   learning_rate=1e-3, posts_per_step=2, num_generations=2, max_new_tokens=8, policy_every=3)
+    whole = train_arm(base, pairs, tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        train_arm(base, pairs, tmp_path / "cut", **options, callbacks=[KillAfter(3)])
+    log = train_arm(base, pairs, tmp_path / "cut", **options)
+    assert log["reward"].notna().tolist() == whole["reward"].notna().tolist() == [True, False, False, True, False]
+    assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")
+
+
+# the strategy's hyperparameters: our name, and its value where it names one that is not a matter of model or machine
+STRATEGY = {
+    "num_generations": 4, "learning_rate_policy": None, "learning_rate_supervised": None, "advantage_clip": 10.0,
+    "gradient_accumulation": 8, "kl_weight": None, "temperature": None, "policy_every": None, "loss_type": None,
+    "advantage": None, "reward_pass_threshold": None, "diversity_metric": None, "gradient_checkpointing": None,
+    "warm_start": None, "phase_split": None, "alpha": None, "beta": None, "lam": None, "max_k": None}
+
+
+def test_every_hyperparameter_of_the_strategy_is_documented_with_its_range():
+    known = read_parameters(notebook_of("train")) | {
+        name: read_parameters(notebook_of("policy"))[name] for name in ("attention", "quantization")}
+    for name, default in (STRATEGY | {"attention": "auto", "quantization": "none"}).items():
+        parameter = known[name]
+        assert parameter.choices or parameter.type == "bool" or parameter.high < np.inf, name
+        assert len(parameter.help.split()) > 3, name
+        assert default is None or parameter.default == default, name
+
+
+def test_presets_follow_the_strategy_where_the_model_is_large():
+    train = resolve_config(load_preset("gpu"))["stages"]["train"]
+    for arm in hybrid.ARMS:
+        assert train[arm]["learning_rate_policy"] == 1e-5 and train[arm]["learning_rate_supervised"] == 2e-4
+        assert train[arm]["gradient_accumulation"] == 8 and train[arm]["watch_every"] > 0
+        replies = train[arm]["batch_size"] if arm == "baseline" else (
+            train[arm]["posts_per_step"] * train[arm]["num_generations"])
+        assert replies % 8 == 0
+    smoke = resolve_config(load_preset("smoke"))["stages"]["train"]
+    assert all(smoke[arm]["watch_every"] and smoke[arm]["report_to"] == "tensorboard" for arm in smoke)
