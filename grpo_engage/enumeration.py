@@ -114,6 +114,8 @@ TINY_POSTS = (("yes no", "no no yes"), ("no", "yes"))  # prompts and references 
 class EnumeratedTrainer(ReplyTrainer):
     """ReplyTrainer in float64 whose next completions are given, not sampled."""
 
+    row_weights = None
+
     def say_next(self, groups: Sequence[Sequence[tuple[int, ...]]], weights: Sequence[float] | None = None) -> None:
         """`groups` of token ids are the next completions; `weights`, one a group, multiply their gradients."""
         self.given = [list(reply) for group in groups for reply in group]
@@ -149,7 +151,6 @@ class EnumeratedTrainer(ReplyTrainer):
         Group i answers post i modulo the number of posts.
         """
         self.say_next(groups, weights)
-        self.row_weights = None
         rows = [row for i in range(len(groups)) for row in [self.posts[i % len(self.posts)]] * self.num_generations]
         if len(rows) % self.args.steps_per_generation:
             raise ValueError(f"{len(rows)} replies do not split into {self.args.steps_per_generation} micro-batches")

@@ -58,14 +58,14 @@ def terms(k: int):
     yield "all three, max_at_k", dict(objective=ALL, advantage="max_at_k", max_k=k, metric="self_bleu")
 
 
-def grid(small=SMALL, large=LARGE):
+def grid(small=SMALL, large=LARGE, two_posts: bool = True):
     """(name, settings) of every proof in exact mode; the settings are those of `relative_error`."""
     for shape in small:
         for micro_batches in (1, shape["k"]):
             for name, settings in terms(shape["k"]):
                 first = shape == SMALL[0] and micro_batches == 1  # once in every order, as ordered groups
                 yield name, shape | dict(micro_batches=micro_batches, ordered=first) | settings
-    if small == SMALL:
+    if two_posts:
         # two posts: prompts and references of different lengths, micro-batches with other reference tokens or none
         for name, settings in terms(2):
             yield name, SMALL[0] | dict(posts=2, micro_batches=4, groups_per_step=28) | settings
@@ -129,8 +129,8 @@ def written_out(trainer, tables, groups, settings: dict) -> torch.Tensor:
     """The gradient of one step, from the formulas, one sum over replies and tokens; no trainer, no loss, no autograd.
 
     sum_i w_i sum_t (-A_i + beta kappa c_it) grad log pi_t, w_i by loss type. With d = log pi_ref - log pi, TRL's
-    penalty is (e^d - d - 1) times the importance ratio, whose value is 1 and whose gradient is grad log pi: c = -d. Without the
-    ratio (`corrected_kl=False`) c = 1 - e^d.
+    penalty is (e^d - d - 1) times the importance ratio, whose value is 1 and whose gradient is grad log pi: c = -d.
+    Without the ratio (`corrected_kl=False`) c = 1 - e^d.
     """
     posts, k = len(trainer.posts), trainer.num_generations
     which = [i % posts for i in range(len(groups))]
