@@ -118,7 +118,7 @@ def token_gradients(trainer) -> list[list[tuple[list, list]]]:
             slopes = [torch.cat([g.flatten() for g in torch.autograd.grad(value, parameters, retain_graph=True)])
                       for value in logp]
             with torch.no_grad():
-                old = logp if trainer.ref_model is None else trainer.ref_model(
+                old = logp.detach() if trainer.ref_model is None else trainer.ref_model(
                     ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1].log_softmax(-1)[at]
             table[reply] = logp.detach(), old, torch.stack(slopes)
         tables.append(table)
