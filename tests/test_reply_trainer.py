@@ -14,6 +14,7 @@ from grpo_engage.advantages import max_at_k_advantage, rms_scaled
 from grpo_engage.arm_training import make_trainer
 from grpo_engage.core import REPO_ROOT
 from grpo_engage.diversity import marginal_credit
+from grpo_engage.enumeration import expected_gradient, relative_error, tiny_metric, tiny_trainer
 from grpo_engage.grpo_trainer import Objective, ReplyTrainer, group_advantage
 from grpo_engage.policy import clean_text, format_prompt, load_policy
 from grpo_engage.training_loop import lora_config
@@ -24,30 +25,42 @@ specification.loader.exec_module(proof)
 
 
 @pytest.mark.parametrize(("name", "settings"), [
-    *proof.grid((2,), (2,)), *[case for case in proof.grid((2,), (3,)) if case[0] in ("max_at_2", "all three")]])
+    *proof.grid(proof.SMALL[:1], (), False),
+    *[case for case in proof.grid(proof.SMALL[1:2], (), False) if case[0] in ("max_at_2", "all three")],
+    *[case for case in proof.grid((), proof.LARGE[1:2]) if case[0] == "all three" and "groups_per_step" in case[1]]])
 def test_expected_gradient_is_the_exact_one(name, settings):
-    assert proof.relative_error(**settings) < 1e-8
+    assert relative_error(**settings) < 1e-8
+
+
+def test_many_groups_in_one_step_give_what_each_of_them_gives_alone():
+    function = tiny_metric("arbitrary")
+    trainer = tiny_trainer(Objective(0.3, 0.5, 0.2), k=3, micro_batches=3, advantage="max_at_k", exact=True,
+                           diversity_metric=function)
+    alone, together, ordered = (expected_gradient(trainer, **how).clone() for how in (
+        {}, {"groups_per_step": 25}, {"groups_per_step": 49, "ordered": True}))
+    assert float((alone - together).norm() / alone.norm()) < 1e-12
+    assert float((alone - ordered).norm() / alone.norm()) < 1e-12
 
 
 def test_the_proof_can_fail():
     """The group's own standard deviation, and a length normalisation, are caught as biased."""
     for settings in ({"advantage": "group"}, {"loss_type": "grpo"}):
-        assert proof.relative_error(3, 2, Objective(0.0, 1.0, 0.0), exact=False, **settings) > 1e-3
+        assert relative_error(Objective(0.0, 1.0, 0.0), length=3, exact=False, **settings) > 1e-3
 
 
 def test_subtracting_the_number_of_diversity_changes_no_gradient():
-    trainer = proof.make(2, 2, Objective(0.0, 1.0, 0.0), exact=True, advantage="leave_one_out")
-    row = {"prompt": "yes no", "reference": "no no yes"}
-    gradients = []
-    for lam in (0.0, 1000.0):
-        trainer.model.zero_grad()
-        trainer.say_next([(1, 0), (2, 2)])
-        batch = trainer._generate_and_score_completions([row] * 2)
-        trainer.current_gradient_accumulation_steps = 1
-        loss = trainer._compute_loss(trainer.model, batch) - lam * proof.set_diversity(["yes", "no no"])
-        loss.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]))
-    assert torch.equal(*gradients) and gradients[0].norm() > 0
+    assert proof.constant_number_error(1000.0) == 0.0
+
+
+@pytest.mark.parametrize(("name", "settings"), list(proof.formula_cases())[::3])
+def test_scaled_defaults_and_kl_follow_their_formulas(name, settings):
+    steps, error = proof.formula_error(settings, every=200)
+    assert steps == 4 and error < (1e-6 if settings["advantage"] == "group" else 1e-8)
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_kl_term_follows_its_formula_in_expectation(corrected):
+    assert proof.kl_error(corrected, length=2) < 1e-8
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 5])
@@ -62,12 +75,12 @@ def test_max_at_k_by_enumerating_subsets(k):
 
 def test_scaled_defaults_follow_their_formula():
     objective = Objective(0.0, 0.5, 0.2)
-    trainer = proof.make(3, 3, objective, diversity_metric="distinct_n", advantage_clip=0.4)
+    trainer = tiny_trainer(objective, length=3, k=3, diversity_metric="distinct_n", advantage_clip=0.4)
     group = [(1, 2, 1), (1, 2, 0), (2, 0)]
-    trainer.say_next(group)
+    trainer.say_next([group])
     output = trainer._generate_and_score_completions([{"prompt": "yes no"}] * 3)
     credit = rms_scaled(3 * marginal_credit(["yes no yes", "yes no", "no"], "distinct_n"))
-    rewards = np.array([[trainer.table[reply] for reply in group]])
+    rewards = np.array([[trainer.tables[0][reply] for reply in group]])
     combined = 0.5 * group_advantage(rewards)[0] + 0.2 * credit
     assert (np.abs(combined) > 0.4).any() and (np.abs(combined) < 0.4).any()
     np.testing.assert_allclose(output["advantages"].numpy(), np.clip(combined, -0.4, 0.4), atol=1e-6)
