@@ -57,7 +57,7 @@ def is_busy(run_dir: Path) -> bool:
 
 # %% ../nbs/13_cli.ipynb #c010
 def snakemake(run_dir: Path, targets: Sequence[str], lock: int, *, only: str = "", dry_run: bool = False) -> int:
-    """Run the graph in `run_dir` up to `targets` (rules); returns Snakemake's exit code.
+    """Run the graph in `run_dir` up to `targets` (rules or files); returns Snakemake's exit code.
 
     `only` names the single rule that may run: what it needs must be there already.
     """
@@ -171,7 +171,10 @@ def _run(args: argparse.Namespace) -> int:
     with only_one(run_dir) as lock:
         if not (run_dir / "config.json").exists() or read_json(run_dir / "config.json") != config:
             write_json(run_dir / "config.json", config)
-        code = snakemake(run_dir, [target], lock, dry_run=args.dry_run)
+        # the rule of the arms has wildcards, so it is no target: its files are
+        targets = [target] if target != "train" else [
+            f"train/{arm}/seed{seed}/verdict.json" for arm in config["arms"] for seed in config["seeds"]]
+        code = snakemake(run_dir, targets, lock, dry_run=args.dry_run)
         if code == 0 and args.publish and not args.dry_run:
             _publish(run_dir)
     if args.dry_run:
