@@ -22,6 +22,7 @@ from .core import REPO_ROOT, read_json, say, write_json
 from .objective import ARMS, trainable_arm
 from .parameters import GRAPH_PARAMETERS, STAGES, load_preset, notebook_of, read_parameters, resolve_config
 from .runner import end_with, job_parameters, run_stage, stage_folder
+from .storage import check_writable
 
 # %% ../nbs/13_cli.ipynb #c004
 def run_folder(name: str) -> Path:
@@ -168,6 +169,7 @@ def _run(args: argparse.Namespace) -> int:
     run_dir, config = _start(args)
     target = args.stage or "paper"
     notebook_of(target)
+    check_writable(run_dir)
     with only_one(run_dir) as lock:
         if not (run_dir / "config.json").exists() or read_json(run_dir / "config.json") != config:
             write_json(run_dir / "config.json", config)
@@ -284,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.function(args)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, NotImplementedError)) else 1
 

@@ -7,6 +7,7 @@ undisturbed run, byte by byte: the adapter, its config, train_log.csv (which mus
 kill of each arm, evaluation/metrics.csv (`--metrics all`: after every kill).
 
     python proofs/survival.py      # everything through the command line -> proofs/survival.csv
+    python proofs/survival.py --processes 2 --arms hybrid    # n_processes=2 -> proofs/survival_2_processes.csv
 
 A moment is anchored to the last event before it (training begins, checkpoint n is there), so that a machine that is
 slower just then meets it too. GRPO_ENGAGE_MODELS says where `nano` is cached.
@@ -158,11 +159,15 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--kills", type=int, default=3, help="random moments for each arm")
     parser.add_argument("--metrics", choices=("last", "all"), default="last")
+    parser.add_argument("--processes", type=int, default=1, help="n_processes of the training stage")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    SETTINGS.append(f"n_processes={args.processes}")
+    table = Path(__file__).with_name(f"survival_{args.processes}_processes.csv" if args.processes > 1
+                                     else "survival.csv")
     runs = args.runs or Path(tempfile.mkdtemp(prefix="grpo_engage_survival_"))
     wrong = 0
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as handle:
+    with open(table, "w", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")
         writer.writeheader()
         handle.flush()
