@@ -2,8 +2,12 @@
 
 The tiny policy of `gradient.py` trains for three steps on completions that are given, not sampled; a step has 12
 replies of unequal length. With K = 4 the second of the three groups lies in both processes, with K = 3 none does.
-Everything else is the real path: `accelerate launch`, gloo, the sampler, scoring, gathering, micro-batches, backward,
-AdamW.
+Everything else is the real path: `accelerate launch`, gloo, the sampler, scoring, gathering, micro-batches, backward, a
+step of the optimiser. That is AdamW where all is float64, and SGD where TRL's head computes in float32: AdamW divides a
+gradient by its own size, and so turns the rounding of one that is 0 into a step of full length.
+
+All prompts have the same length: TRL pads on the left and gives no positions, so for GPT-2, which counts positions from
+the left, padding changes what the model says. (Models with rotary positions do not mind.)
 
     python proofs/processes.py     # all cases -> proofs/processes.csv
 """
@@ -34,8 +38,8 @@ CASES = {
     "reward, K = 3": dict(objective=Objective(0.0, 1.0, 0.0), k=3),
     "reward, loss_type grpo": dict(objective=Objective(0.0, 1.0, 0.0), loss_type="grpo"),
     "reward, exact mode": dict(objective=Objective(0.0, 1.0, 0.0), loss_type="dr_grpo", advantage="leave_one_out",
-                               exact=True),
-    "supervised": dict(objective=Objective(1.0, 0.0, 0.0)),
+                               exact=True, optim="adamw_torch"),
+    "supervised": dict(objective=Objective(1.0, 0.0, 0.0), optim="adamw_torch"),
     "supervised and diversity, groups every 2nd step": dict(objective=Objective(1.0, 0.0, 0.3), policy_every=2),
     "all three, max_at_3, clipped": dict(objective=Objective(0.3, 0.5, 0.2), advantage="max_at_k", max_k=3,
                                          advantage_clip=0.4),
@@ -61,18 +65,20 @@ class Given(Enumerated):
         return output
 
 
-def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str = "dapo", **settings) -> dict:
+def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str = "dapo", optim: str = "sgd",
+          **settings) -> dict:
     """Three steps in this world; what was computed, as plain lists."""
     def reward(completion_ids, **_):
         return [(7 * sum(ids) + len(ids)) % 9 / 8 for ids in completion_ids]
 
     own = REPLIES // world_size()
     arguments = GRPOConfig(
-        tempfile.mkdtemp(prefix="grpo_engage_proof_"), max_steps=STEPS, learning_rate=1e-2, num_generations=k,
+        tempfile.mkdtemp(prefix="grpo_engage_proof_"), max_steps=STEPS, num_generations=k,
+        learning_rate=0.3 if optim == "sgd" else 0.01,
         per_device_train_batch_size=own // 2, gradient_accumulation_steps=2, max_completion_length=3, bf16=False,
         use_cpu=True, gradient_checkpointing=False, loss_type=loss_type, temperature=1.0, beta=0.0, report_to="none",
-        logging_steps=1, disable_tqdm=True, save_strategy="no", seed=2)
-    prompts = ["yes no", "no", "yes", "no no yes", "yes yes", "no yes no no"]
+        logging_steps=1, disable_tqdm=True, save_strategy="no", seed=2, optim=optim)
+    prompts = ["yes no", "no no", "yes yes", "no yes", "yes no", "no no"]
     references = ["no no yes", "yes", "no yes", "yes no yes no yes", "no", "yes yes"]
     rows = Dataset.from_dict({"prompt": prompts * 2, "reference": references * 2})
     model = tiny_policy()

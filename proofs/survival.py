@@ -32,9 +32,11 @@ import psutil
 from grpo_engage.core import say
 from grpo_engage.objective import ARMS
 
-STEPS, SAVE_STEPS = 10, 2
-SETTINGS = ["n_conversations=120", f"max_steps={STEPS}", f"save_steps={SAVE_STEPS}", "n_test_posts=4",
-            "n_validation_posts=4", "n_samples=16", "n_boot=200", "max_new_tokens=16", "posts_per_step=4",
+# the baseline's steps take so little time that ten would be over before anybody could kill them
+STEPS, SAVE_STEPS = {arm: 60 if arm == "baseline" else 10 for arm in ARMS}, {arm: 2 for arm in ARMS} | {"baseline": 10}
+SETTINGS = ["n_conversations=120", *[f"train.{arm}.max_steps={n}" for arm, n in STEPS.items()],
+            *[f"train.{arm}.save_steps={n}" for arm, n in SAVE_STEPS.items()], "n_test_posts=4", "n_validation_posts=4",
+            "n_samples=16", "n_boot=200", "max_new_tokens=16", "posts_per_step=4",
             "num_generations=4", "allow_unvalidated_reward=true"]
 COMPARED = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "train_log.csv")
 COLUMNS = ["arm", "killed", "moment", "steps_at_kill", "resumed_from", "identical", "each_step_once",
@@ -130,7 +132,8 @@ def killed(runs: Path, arm: str, source: Path, seen: dict[str, float], what: str
             run.kill(what)
             break
         run.end()
-        moment = moment / 2  # the machine was faster this time: training was over
+        say(f"{arm}: training was over before the kill; once more, at half the time")
+        moment = moment / 2
     else:
         raise RuntimeError("training was always over before the kill")
     last = max([int(event) for event in run.events() if event != "start"], default=0)
@@ -145,10 +148,10 @@ def killed(runs: Path, arm: str, source: Path, seen: dict[str, float], what: str
         return "yes" if (whole / path).read_bytes() == (again / path).read_bytes() else "no"
 
     steps = pd.read_csv(again / folder / "train_log.csv")["step"].tolist()
-    return {"arm": arm, "killed": what, "moment": f"{moment:.2f}", "steps_at_kill": f"{last}-{last + SAVE_STEPS}",
+    return {"arm": arm, "killed": what, "moment": f"{moment:.2f}", "steps_at_kill": f"{last}-{last + SAVE_STEPS[arm]}",
             "resumed_from": resumed[-1] if resumed else "0",
             "identical": "yes" if {same(str(folder / part)) for part in COMPARED} == {"yes"} else "no",
-            "each_step_once": "yes" if steps == list(range(1, STEPS + 1)) else "no",
+            "each_step_once": "yes" if steps == list(range(1, STEPS[arm] + 1)) else "no",
             "metrics_identical": same("evaluation/metrics.csv") if stage == "evaluation" else "not run",
             "seconds": f"{seconds:.0f}"}
 
@@ -174,6 +177,7 @@ def main() -> int:
         base = None  # the run that every arm's copies begin with: the baseline's, which the other arms need or may have
         for place, arm in enumerate(dict.fromkeys(["baseline", *args.arms])):
             seen = undisturbed(runs, arm, base)
+            say(f"{arm}: undisturbed, " + ", ".join(f"{event} after {at:.1f} s" for event, at in seen.items()))
             base = base or runs / f"{arm}-whole"
             if arm not in args.arms:
                 continue
