@@ -34,7 +34,7 @@ from grpo_engage.processes import report_errors, run_processes, world_size
 
 REPLIES, STEPS, TOLERANCE = 12, 3, 1e-5
 CASES = {
-    "reward, K = 4 (a group in two processes)": dict(objective=Objective(0.0, 1.0, 0.0)),
+    "reward, K = 4 (a group in two processes)": dict(objective=Objective(0.0, 1.0, 0.0), accumulation=1),
     "reward, K = 3": dict(objective=Objective(0.0, 1.0, 0.0), k=3),
     "reward, loss_type grpo": dict(objective=Objective(0.0, 1.0, 0.0), loss_type="grpo"),
     "reward, exact mode": dict(objective=Objective(0.0, 1.0, 0.0), loss_type="dr_grpo", advantage="leave_one_out",
@@ -43,7 +43,8 @@ CASES = {
     "supervised and diversity, groups every 2nd step": dict(objective=Objective(1.0, 0.0, 0.3), policy_every=2),
     "all three, max_at_3, clipped": dict(objective=Objective(0.3, 0.5, 0.2), advantage="max_at_k", max_k=3,
                                          advantage_clip=0.4),
-    "all three, KL to the start, LoRA": dict(objective=Objective(0.3, 0.5, 0.2), kl_weight=0.5, lora=True),
+    "all three, KL to the start, LoRA": dict(objective=Objective(0.3, 0.5, 0.2), kl_weight=0.5, lora=True,
+                                             accumulation=1),
 }
 
 
@@ -66,7 +67,7 @@ class Given(Enumerated):
 
 
 def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str = "dapo", optim: str = "sgd",
-          **settings) -> dict:
+          accumulation: int = 2, **settings) -> dict:
     """Three steps in this world; what was computed, as plain lists."""
     def reward(completion_ids, **_):
         return [(7 * sum(ids) + len(ids)) % 9 / 8 for ids in completion_ids]
@@ -75,9 +76,10 @@ def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str =
     arguments = GRPOConfig(
         tempfile.mkdtemp(prefix="grpo_engage_proof_"), max_steps=STEPS, num_generations=k,
         learning_rate=0.3 if optim == "sgd" else 0.01,
-        per_device_train_batch_size=own // 2, gradient_accumulation_steps=2, max_completion_length=3, bf16=False,
-        use_cpu=True, gradient_checkpointing=False, loss_type=loss_type, temperature=1.0, beta=0.0, report_to="none",
-        logging_steps=1, disable_tqdm=True, save_strategy="no", seed=2, optim=optim)
+        per_device_train_batch_size=own // accumulation, gradient_accumulation_steps=accumulation,
+        max_completion_length=3, bf16=False, use_cpu=True, gradient_checkpointing=False, loss_type=loss_type,
+        temperature=1.0, beta=0.0, report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no", seed=2,
+        optim=optim)
     prompts = ["yes no", "no no", "yes yes", "no yes", "yes no", "no no"]
     references = ["no no yes", "yes", "no yes", "yes no yes no yes", "no", "yes yes"]
     rows = Dataset.from_dict({"prompt": prompts * 2, "reference": references * 2})
@@ -97,7 +99,9 @@ def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str =
 
     start = weights()
     trainer.train()
-    unlike = ("time", "runtime", "per_second", "profiling", "num_tokens", "epoch")
+    unlike = ["time", "runtime", "per_second", "profiling", "num_tokens", "epoch"]
+    if accumulation > 1:  # TRL's means over micro-batches of means over tokens: what they are depends on the shuffling
+        unlike += ["entropy", "kl"]
     logs = [{name: value for name, value in entry.items() if not any(word in name for word in unlike)}
             for entry in trainer.state.log_history if "loss" in entry]
     return {"seen": trainer.seen, "logs": logs, "weights": weights().tolist(),

@@ -165,7 +165,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="n_processes of the training stage")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    SETTINGS.append(f"n_processes={args.processes}")
+    SETTINGS.extend([f"n_processes={args.processes}"] if args.processes > 1 else [])
     table = Path(__file__).with_name(f"survival_{args.processes}_processes.csv" if args.processes > 1
                                      else "survival.csv")
     runs = args.runs or Path(tempfile.mkdtemp(prefix="grpo_engage_survival_"))

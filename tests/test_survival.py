@@ -78,11 +78,13 @@ def goes_on(base, pairs, folder, whole, capsys, step):
 def test_kill_9_while_polychromic_trains(base, pairs, whole, tmp_path, capsys):
     words = [sys.executable, "-c", SCRIPT, str(REPO_ROOT / "tests"), str(tmp_path / "run")]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    end = time.monotonic() + 240
-    while not (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists():
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    try:
+        end = time.monotonic() + 900
+        while not (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and not (tmp_path / "run" / "adapter").exists()
     last = max(int(path.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoints").glob("*-*")
                if (path / "trainer_state.json").exists())
