@@ -66,9 +66,12 @@ test: $(READY)
 	$(BIN)/nbdev_test --n_workers 1 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_run.py tests
 
-# The coverage of the intervals (a minute), then the trainer's gradient by enumeration (long); leaves proofs/*.csv
+# The coverage of the intervals and two processes against one (a minute each), kill -9 at random moments (half an hour),
+# then the trainer's gradient by enumeration (long); leaves proofs/*.csv
 proofs: $(READY)
 	$(BIN)/python proofs/coverage.py
+	$(BIN)/python proofs/processes.py
+	$(BIN)/python proofs/survival.py
 	$(BIN)/python proofs/gradient.py
 
 clean:

@@ -22,6 +22,7 @@ from .core import REPO_ROOT, read_json, say, write_json
 from .objective import ARMS, trainable_arm
 from .parameters import GRAPH_PARAMETERS, STAGES, load_preset, notebook_of, read_parameters, resolve_config
 from .runner import end_with, job_parameters, run_stage, stage_folder
+from .storage import check_writable
 
 # %% ../nbs/13_cli.ipynb #c004
 def run_folder(name: str) -> Path:
@@ -57,7 +58,7 @@ def is_busy(run_dir: Path) -> bool:
 
 # %% ../nbs/13_cli.ipynb #c010
 def snakemake(run_dir: Path, targets: Sequence[str], lock: int, *, only: str = "", dry_run: bool = False) -> int:
-    """Run the graph in `run_dir` up to `targets` (rules); returns Snakemake's exit code.
+    """Run the graph in `run_dir` up to `targets` (rules or files); returns Snakemake's exit code.
 
     `only` names the single rule that may run: what it needs must be there already.
     """
@@ -168,10 +169,14 @@ def _run(args: argparse.Namespace) -> int:
     run_dir, config = _start(args)
     target = args.stage or "paper"
     notebook_of(target)
+    check_writable(run_dir)
     with only_one(run_dir) as lock:
         if not (run_dir / "config.json").exists() or read_json(run_dir / "config.json") != config:
             write_json(run_dir / "config.json", config)
-        code = snakemake(run_dir, [target], lock, dry_run=args.dry_run)
+        # the rule of the arms has wildcards, so it is no target: its files are
+        targets = [target] if target != "train" else [
+            f"train/{arm}/seed{seed}/verdict.json" for arm in config["arms"] for seed in config["seeds"]]
+        code = snakemake(run_dir, targets, lock, dry_run=args.dry_run)
         if code == 0 and args.publish and not args.dry_run:
             _publish(run_dir)
     if args.dry_run:
@@ -306,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.function(args)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ValueError, NotImplementedError)) else 1
 

@@ -9,6 +9,7 @@ __all__ = ['trl_reward', 'largest_divisor', 'make_trainer', 'train_arm', 'train_
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,9 @@ from .core import device_and_dtype, file_sha256
 from .grpo_trainer import ReplyTrainer
 from .objective import Objective
 from .policy import clean_text, format_prompt, load_adapted, load_policy
+from .processes import on_first_process, world_size
 from .stopping import LastStep, RewardError, RewardFunction, checked_scores
+from .storage import explained_writing
 from .training_loop import ProgressLines, WarnOfTrouble, lora_config, prepare_checkpoints, run_trainer
 from .watching import Watch, WatchReplies, reporting
 
@@ -80,31 +83,43 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, *, obje
                  gradient_accumulation: int = 0, gradient_checkpointing: bool = False, lora_rank: int = 16,
                  max_length: int = 512, save_steps: int = 20, seed: int = 0, quantization: str = "none",
                  attention: str = "auto", report_to: str = "none", label: str = "training", watch: Watch | None = None,
-                 callbacks: Sequence[TrainerCallback] = ()) -> ReplyTrainer:
+                 callbacks: Sequence[TrainerCallback] = (), generation_engine: str = "transformers",
+                 vllm_memory: float = 0.3) -> ReplyTrainer:
     """The trainer of `train_arm`, not yet run; see there."""
     quiet_libraries()
     report_settings, reporters = reporting(report_to, folder, label)
     generates = bool(objective.beta or objective.lam)
+    engine = {}  # vLLM in the training processes ("colocate"); it gets the merged weights at every step
+    if generation_engine == "vllm" and generates:
+        if not find_spec("vllm"):
+            raise ValueError("generation_engine='vllm' needs the package vllm (pip install vllm) and a GPU; without "
+                             "them take generation_engine='transformers'")
+        engine = dict(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=vllm_memory)
     if generates and num_generations < 2:
         raise ValueError(f"num_generations must be at least 2 (a group of one has no advantage), got {num_generations}")
     total = posts_per_step * num_generations if generates else batch_size
     if total < 2:
         raise ValueError(f"batch_size must be at least 2, got {batch_size}")
-    if gradient_accumulation and total % gradient_accumulation:
-        raise ValueError(f"gradient_accumulation={gradient_accumulation} must divide the {total} replies of a step; "
-                         "0 takes as few micro-batches as micro_batch_size allows")
-    micro = total // gradient_accumulation if gradient_accumulation else largest_divisor(total, micro_batch_size)
+    if total % world_size():
+        raise ValueError(f"n_processes={world_size()} must divide the {total} replies of a step")
+    own = total // world_size()  # replies of this process
+    if gradient_accumulation and own % gradient_accumulation:
+        raise ValueError(f"gradient_accumulation={gradient_accumulation} must divide the {own} replies of a step"
+                         f"{' and process' if world_size() > 1 else ''}; 0 takes as few micro-batches as "
+                         "micro_batch_size allows")
+    micro = own // gradient_accumulation if gradient_accumulation else largest_divisor(own, micro_batch_size)
     device, dtype = device_and_dtype()
     arguments = GRPOConfig(
         output_dir=str(Path(folder) / "checkpoints"), max_steps=max_steps, learning_rate=learning_rate, seed=seed,
-        per_device_train_batch_size=micro, gradient_accumulation_steps=total // micro, logging_steps=1,
+        per_device_train_batch_size=micro, gradient_accumulation_steps=own // micro, logging_steps=1,
         save_strategy="steps", save_steps=save_steps, save_total_limit=2, **report_settings,
         logging_nan_inf_filter=False, disable_tqdm=True, use_cpu=device.type == "cpu",
         # TRL's defaults are bf16 and gradient checkpointing: both slow a CPU down many times over
         bf16=dtype == torch.bfloat16, gradient_checkpointing=gradient_checkpointing, weight_decay=0.0,
         max_grad_norm=1.0, dataloader_num_workers=0, num_generations=num_generations if generates else total,
         max_completion_length=max_new_tokens, temperature=temperature, top_p=1.0, top_k=0, beta=0.0,
-        loss_type=loss_type, scale_rewards="group", lr_scheduler_type="constant" if objective.beta else "linear")
+        loss_type=loss_type, scale_rewards="group", lr_scheduler_type="constant" if objective.beta else "linear",
+        **engine)
     if warm_start is None:
         model, tokenizer = load_policy(base, quantization, attention)
         adapter = {"peft_config": lora_config(lora_rank)}
@@ -146,8 +161,10 @@ def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, *, objecti
     columns = ["tweet", "reply"] if objective.alpha else ["tweet"]
     data = examples[columns].reset_index(drop=True)
     weights = {name: asdict(objective)[name] for name in ("alpha", "beta", "lam")}
-    resume_from = prepare_checkpoints(Path(folder) / "checkpoints",
-                                      _fingerprint(base, data, warm_start, saved | weights | {"reward": reward_id}))
+    several = {"n_processes": world_size()} if world_size() > 1 else {}
+    facts = _fingerprint(base, data, warm_start, saved | weights | {"reward": reward_id} | several)
+    with explained_writing(Path(folder)):
+        resume_from = on_first_process(lambda: prepare_checkpoints(Path(folder) / "checkpoints", facts))
     trainer = make_trainer(base, data, folder, objective=objective, reward=reward, warm_start=warm_start, **options)
     trainer.add_callback(last_step := LastStep())
     try:

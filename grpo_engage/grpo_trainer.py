@@ -130,21 +130,21 @@ class ReplyTrainer(GRPOTrainer):
         return output | (self._references(inputs, size) if self.objective.alpha else {})
 
     def _combined_advantages(self, stock: torch.Tensor, size: int) -> torch.Tensor:
-        """clip(beta * A + lam * credit) of this process's replies, (B,); the groups are those of all processes."""
+        """clip(beta * A + lam * credit) of this process's replies, (B,), from the groups of all processes."""
         rewards_per_function, texts = self._scored
+        mine = slice(self.accelerator.process_index * len(stock), (self.accelerator.process_index + 1) * len(stock))
         metrics = self._metrics["train" if self.model.training else "eval"]
         scaled = ((lambda values: values) if self.exact else
                   lambda values: rms_scaled(less_other_groups(values), self.rms_floor))
-        here = slice(self.accelerator.process_index * len(stock), (self.accelerator.process_index + 1) * len(stock))
-        combined = np.zeros(len(stock))
+        combined = np.zeros(len(texts))
         if self.objective.beta and self.advantage == "group":
-            combined = self.objective.beta * stock.double().cpu().numpy()
+            combined = self.objective.beta * self.accelerator.gather(stock).double().cpu().numpy()
         elif self.objective.beta:
             weights = self.reward_weights.to(rewards_per_function.device)
             rewards = (rewards_per_function * weights).sum(dim=1).double().cpu().numpy().reshape(-1, size)
             credit = (leave_one_out_advantage(rewards) if self.advantage == "leave_one_out"
                       else max_at_k_advantage(rewards, self.max_k or size))
-            combined = self.objective.beta * scaled(credit).ravel()[here]
+            combined = self.objective.beta * scaled(credit).ravel()
         else:  # no reward took part: none is logged, rather than a 0
             for name in [name for name in metrics if name.startswith(("reward", "frac_reward"))]:
                 del metrics[name]
@@ -154,12 +154,12 @@ class ReplyTrainer(GRPOTrainer):
             credit = size * np.stack([credit for _, credit in groups])
             metrics["diversity"].append(float(np.mean([diversity for diversity, _ in groups])))
             metrics["diversity_credit_rms"].append(float(np.sqrt(np.mean(credit**2))))
-            combined = combined + self.objective.lam * scaled(credit).ravel()[here]
+            combined = combined + self.objective.lam * scaled(credit).ravel()
         if self.advantage_clip is not None:
             metrics["clipped_share"].append(float(np.mean(np.abs(combined) > self.advantage_clip)))
             combined = np.clip(combined, -self.advantage_clip, self.advantage_clip)
         dtype = torch.float64 if self.model.dtype == torch.float64 else stock.dtype
-        return torch.as_tensor(combined, dtype=dtype, device=stock.device)
+        return torch.as_tensor(combined[mine], dtype=dtype, device=stock.device)
 
     def _references(self, inputs: list[dict], size: int) -> dict:
         """Token ids, mask and labels of the references, (B, T) each; only the first row of each group has labels."""
@@ -189,22 +189,24 @@ class ReplyTrainer(GRPOTrainer):
     def _supervised_loss(self, model, inputs: dict) -> torch.Tensor:
         """This micro-batch's part of the mean NLL (nats per token) over the reference tokens of the whole window."""
         rows = (inputs["reference_labels"] != -100).any(dim=1)
+        # Without a reference a row of padding is read, times 0: the gradients of several processes are averaged by
+        # hooks that a forward pass of the wrapped model arms, and the other processes would wait for ever for ours.
+        width = int(inputs["reference_mask"][rows].sum(dim=1).max()) if rows.any() else 1
+        used = rows if rows.any() else torch.arange(len(rows), device=rows.device) == 0
+        logits = model(input_ids=inputs["reference_ids"][used][:, :width], use_cache=False,
+                       attention_mask=inputs["reference_mask"][used][:, :width]).logits
         metrics = self._metrics["train" if self.model.training else "eval"]
         parts = self.current_gradient_accumulation_steps if self.model.training else 1
         processes = self.accelerator.num_processes
         if rows.any():
-            mask = inputs["reference_mask"][rows]
-            width = int(mask.sum(dim=1).max())
-            logits = model(input_ids=inputs["reference_ids"][rows][:, :width], attention_mask=mask[:, :width],
-                           use_cache=False).logits[:, :-1]
             targets = inputs["reference_labels"][rows][:, 1:width]
-            logits, targets = logits[targets != -100], targets[targets != -100]
+            logits, targets = logits[:, :-1][targets != -100], targets[targets != -100]
             logits = logits if logits.dtype == torch.float64 else logits.float()
             total = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
             logp = logits.detach().log_softmax(dim=-1)
             sums = [total.detach(), (logits.argmax(dim=-1) == targets).sum(), -(logp.exp() * logp).sum()]
-        else:  # a zero that keeps the graph: other processes wait for this one's backward
-            total = sum(0.0 * p.sum() for p in model.parameters() if p.requires_grad)
+        else:
+            total = 0.0 * logits.sum()
             sums = [total.detach()] * 3
         share = inputs["reference_tokens"].clamp(min=1)
         summed = self.accelerator.reduce(torch.stack([value.double() for value in sums]), reduction="sum")
@@ -249,7 +251,8 @@ class ReplyTrainer(GRPOTrainer):
                 loss = loss * self.max_completion_length  # dr_grpo divides by it
             if not self.is_stock:
                 parts = self.current_gradient_accumulation_steps if self.model.training else 1
-                self._metrics["train" if self.model.training else "eval"]["policy_loss"].append(loss.item() * parts)
+                everywhere = self.accelerator.gather(loss.detach().reshape(1)).mean().item() * parts
+                self._metrics["train" if self.model.training else "eval"]["policy_loss"].append(everywhere)
         if "reference_ids" in inputs:
             loss = loss + self.objective.alpha * self._supervised_loss(model, inputs)
         return loss

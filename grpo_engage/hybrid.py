@@ -8,6 +8,7 @@ __all__ = ['MIN_STEPS_TO_TELL', 'UnvalidatedReward', 'training_reward', 'pilot_v
 
 # %% ../nbs/07_hybrid.ipynb #c002
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -19,6 +20,7 @@ from .arm_training import train_arm
 from .core import ARM_COLOURS, child_seed, file_sha256, read_json, savefig, stage_manifest, style, write_json
 from .data import load_pairs
 from .heuristic_reward import HeuristicReward
+from .many_processes import train_arm_in_processes
 from .objective import ARMS, Objective, trainable_arm
 from .policy import load_adapted, load_policy, loading_options, read_policy, reply_nll
 from .reward_model import CombinedReward, EngagementRewardModel
@@ -148,7 +150,8 @@ def train_stage(
     lora_r: int = 16, reward: str = "combined", reward_weight_learned: float = 0.8,
     reward_penalty: float = 0.0, allow_unvalidated_reward: bool = False, save_steps: int = 10,
     validation_replies: int = 48, watch_every: int = 10, watch_posts: int = 8, watch_replies: int = 4,
-    report_to: str = "tensorboard", seed: int = 0,
+    report_to: str = "tensorboard", n_processes: int = 1, accelerate_config: str = "",
+    generation_engine: str = "transformers", vllm_memory: float = 0.3, seed: int = 0,
 ) -> pd.DataFrame:
     """Train `arm` with `seed`; write train/<arm>/seed<seed>/: adapter/, train_log.csv, verdict.json, and what was
     watched (watch.csv, samples.parquet, samples.html); return the log.
@@ -183,9 +186,10 @@ def train_stage(
                               if generates else 0}
         manifest["objective"] = {"alpha": objective.alpha, "beta": objective.beta, "lam": objective.lam,
                                  "warm_start": origin}
+        recipe = dict(run_dir=str(run_dir.resolve()), kind=reward, weight_learned=reward_weight_learned,
+                      penalty=reward_penalty, allow_unvalidated=allow_unvalidated_reward)
         if objective.beta:
-            score, identifier, manifest["reward_validated"] = training_reward(
-                run_dir, reward, reward_weight_learned, reward_penalty, allow_unvalidated_reward)
+            score, identifier, manifest["reward_validated"] = training_reward(**recipe)
             manifest["reward"] = identifier
         watch = None
         if watch_every:
@@ -197,8 +201,15 @@ def train_stage(
                        temperature=temperature, advantage=advantage, max_k=max_k, advantage_clip=advantage_clip,
                        diversity_metric=diversity_metric, policy_every=policy_every, kl_weight=kl_weight,
                        pass_threshold=reward_pass_threshold, loss_type=loss_type) if generates else {}
-        log = train_arm(
-            base, examples, folder, objective=objective, reward=score, reward_id=identifier, warm_start=start,
+        if generates and generation_engine == "vllm":
+            options |= dict(generation_engine="vllm", vllm_memory=vllm_memory)
+        if n_processes == 1:
+            train = partial(train_arm, reward=score)
+        else:  # the processes make the reward anew
+            train = partial(train_arm_in_processes, n_processes, accelerate_config=accelerate_config, **(dict(
+                reward_recipe="grpo_engage.hybrid:training_reward", reward_arguments=recipe) if objective.beta else {}))
+        log = train(
+            base, examples, folder, objective=objective, reward_id=identifier, warm_start=start,
             learning_rate=learning_rate_policy if objective.beta else learning_rate_supervised, max_steps=max_steps,
             batch_size=batch_size, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=gradient_checkpointing, lora_rank=lora_r, save_steps=save_steps,

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from .core import atomic_folder, read_json, say, write_csv, write_json
+from .storage import explained_writing
 
 # %% ../nbs/05b_training_loop.ipynb #c004
 def lora_config(rank: int) -> LoraConfig:
@@ -39,7 +40,7 @@ class ProgressLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.start = self.last = time.monotonic()
         self.first_step = state.global_step
-        if state.global_step:
+        if state.global_step and state.is_world_process_zero:
             say(f"{self.label}: goes on after step {state.global_step}")
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -47,6 +48,8 @@ class ProgressLines(TrainerCallback):
             if name in (logs or {}) and not math.isfinite(logs[name]):
                 raise FloatingPointError(f"{self.label}: {name} is {logs[name]} at step {state.global_step}; lower the "
                                          "learning rate, or look at the rewards")
+        if not state.is_world_process_zero:
+            return
         self.latest |= logs or {}
         if time.monotonic() - self.last >= self.every_seconds and state.global_step < state.max_steps:
             self._line(state)
@@ -60,7 +63,8 @@ class ProgressLines(TrainerCallback):
         self.last = time.monotonic()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        self._line(state)
+        if state.is_world_process_zero:
+            self._line(state)
 
 # %% ../nbs/05b_training_loop.ipynb #c008
 _TROUBLE = (
@@ -82,7 +86,7 @@ class WarnOfTrouble(TrainerCallback):
         self.label, self.seen = label, set()
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        values = dict(logs or {})
+        values = dict(logs or {}) if state.is_world_process_zero else {}
         if values.get("kl") is not None and values.get("completions/mean_length") is not None:
             values["kl_reply"] = values["kl"] * values["completions/mean_length"]
         for name, is_wrong, text in _TROUBLE:
@@ -97,10 +101,14 @@ def _broken(checkpoint: Path) -> str:
         json.loads((checkpoint / "trainer_state.json").read_text())
         with safe_open(checkpoint / "adapter_model.safetensors", "pt") as weights:
             weights.keys()
-        for name in ("optimizer.pt", "scheduler.pt"):  # torch's format is a zip with checksums
-            with ZipFile(checkpoint / name) as archive:
+        # torch's format is a zip with checksums; with several processes each has a state of randomness
+        # (DeepSpeed and FSDP keep their optimiser elsewhere)
+        elsewhere = (checkpoint / "latest").exists() or (checkpoint / "optimizer.bin").exists()
+        for path in [*([] if elsewhere else [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"]),
+                     *checkpoint.glob("rng_state*.pth")]:
+            with ZipFile(path) as archive:
                 if damaged := archive.testzip():
-                    return f"{name}: {damaged} is damaged"
+                    return f"{path.name}: {damaged} is damaged"
     except (OSError, ValueError, BadZipFile, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -159,14 +167,15 @@ def tidy_log(history: list[dict]) -> pd.DataFrame:
     return log
 
 # %% ../nbs/05b_training_loop.ipynb #c017
-def save_adapter(model, folder: Path, base_name: str) -> None:
+def save_adapter(model, folder: Path, base_name: str, weights: Mapping | None = None) -> None:
     """Save the trained LoRA adapter of `model` in `folder`: adapter_model.safetensors, adapter_config.json.
 
     The frozen copy `ref` that TRL keeps is left out. The config's module list is sorted and its base model is a name,
     not this machine's path, so the same run gives the same bytes.
     """
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary, selected_adapters=["default"], save_embedding_layers=False)
+        model.save_pretrained(temporary, selected_adapters=["default"], save_embedding_layers=False,
+                              **({"state_dict": weights} if weights is not None else {}))
         (temporary / "README.md").unlink(missing_ok=True)  # an empty template
         config = read_json(temporary / "adapter_config.json")
         config["target_modules"] = sorted(config["target_modules"])
@@ -177,13 +186,20 @@ def save_adapter(model, folder: Path, base_name: str) -> None:
 def run_trainer(trainer: Trainer, folder: Path, resume_from: str | None, base_name: str) -> pd.DataFrame:
     """Train, going on from `resume_from`; leave `folder`/adapter and `folder`/train_log.csv; return the log.
 
-    The checkpoints are removed once both are written.
+    The checkpoints are removed once both are written. Raises: OSError that says what to do when the disk is full or
+    may not be written.
     """
-    folder = Path(folder)
+    folder, accelerator = Path(folder), trainer.accelerator
     trainer.remove_callback(PrinterCallback)  # prints every step
-    trainer.train(resume_from_checkpoint=resume_from)
-    log = tidy_log(trainer.state.log_history)
-    save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder / "adapter", base_name)
-    write_csv(folder / "train_log.csv", log)
-    shutil.rmtree(trainer.args.output_dir)
+    with explained_writing(folder):
+        trainer.train(resume_from_checkpoint=resume_from)
+        log = tidy_log(trainer.state.log_history)
+        # FSDP and ZeRO-3 keep weights in pieces, and all processes take part in putting them together
+        in_pieces = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        weights = accelerator.get_state_dict(trainer.model) if in_pieces else None
+        if accelerator.is_main_process:
+            save_adapter(accelerator.unwrap_model(trainer.model), folder / "adapter", base_name, weights)
+            write_csv(folder / "train_log.csv", log)
+            shutil.rmtree(trainer.args.output_dir)
+        accelerator.wait_for_everyone()
     return log

@@ -1,0 +1,168 @@
+"""Two processes, given the same completions, against one: rewards, credit, advantages, losses, metrics and weights.
+
+The tiny policy of `gradient.py` trains for three steps on completions that are given, not sampled; a step has 12
+replies of unequal length. With K = 4 the second of the three groups lies in both processes, with K = 3 none does.
+Everything else is the real path: `accelerate launch`, gloo, the sampler, scoring, gathering, micro-batches, backward, a
+step of the optimiser. That is AdamW where all is float64, and SGD where TRL's head computes in float32: AdamW divides a
+gradient by its own size, and so turns the rounding of one that is 0 into a step of full length.
+
+All prompts have the same length: TRL pads on the left and gives no positions, so for GPT-2, which counts positions from
+the left, padding changes what the model says. (Models with rotary positions do not mind.)
+
+    python proofs/processes.py     # all cases -> proofs/processes.csv
+"""
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import PrinterCallback
+from trl import GRPOConfig
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gradient import Enumerated, everything, tiny_policy, tiny_tokenizer
+
+from grpo_engage.objective import Objective
+from grpo_engage.processes import report_errors, run_processes, world_size
+
+REPLIES, STEPS, TOLERANCE = 12, 3, 1e-5
+CASES = {
+    "reward, K = 4 (a group in two processes)": dict(objective=Objective(0.0, 1.0, 0.0), accumulation=1),
+    "reward, K = 3": dict(objective=Objective(0.0, 1.0, 0.0), k=3),
+    "reward, loss_type grpo": dict(objective=Objective(0.0, 1.0, 0.0), loss_type="grpo"),
+    "reward, exact mode": dict(objective=Objective(0.0, 1.0, 0.0), loss_type="dr_grpo", advantage="leave_one_out",
+                               exact=True, optim="adamw_torch"),
+    "supervised": dict(objective=Objective(1.0, 0.0, 0.0), optim="adamw_torch"),
+    "supervised and diversity, groups every 2nd step": dict(objective=Objective(1.0, 0.0, 0.3), policy_every=2),
+    "all three, max_at_3, clipped": dict(objective=Objective(0.3, 0.5, 0.2), advantage="max_at_k", max_k=3,
+                                         advantage_clip=0.4),
+    "all three, KL to the start, LoRA": dict(objective=Objective(0.3, 0.5, 0.2), kl_weight=0.5, lora=True,
+                                             accumulation=1),
+}
+
+
+class Given(Enumerated):
+    """ReplyTrainer that says what a table holds for step and place in the step, whichever process asks."""
+
+    def _generate(self, prompts):
+        replies = everything(self.max_completion_length)
+        chosen = np.random.default_rng([5, self.state.global_step]).integers(len(replies), size=REPLIES)
+        first = self.accelerator.process_index * len(prompts)
+        self.say_next([replies[index] for index in chosen[first : first + len(prompts)]])
+        return super()._generate(prompts)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        if "advantages" in output:
+            self.seen.append({"rewards": self._scored[0].tolist(), "texts": self._scored[1],
+                              "advantages": self.accelerator.gather(output["advantages"]).tolist()})
+        return output
+
+
+def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str = "dapo", optim: str = "sgd",
+          accumulation: int = 2, **settings) -> dict:
+    """Three steps in this world; what was computed, as plain lists."""
+    def reward(completion_ids, **_):
+        return [(7 * sum(ids) + len(ids)) % 9 / 8 for ids in completion_ids]
+
+    own = REPLIES // world_size()
+    arguments = GRPOConfig(
+        tempfile.mkdtemp(prefix="grpo_engage_proof_"), max_steps=STEPS, num_generations=k,
+        learning_rate=0.3 if optim == "sgd" else 0.01,
+        per_device_train_batch_size=own // accumulation, gradient_accumulation_steps=accumulation,
+        max_completion_length=3, bf16=False, use_cpu=True, gradient_checkpointing=False, loss_type=loss_type,
+        temperature=1.0, beta=0.0, report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no", seed=2,
+        optim=optim)
+    prompts = ["yes no", "no no", "yes yes", "no yes", "yes no", "no no"]
+    references = ["no no yes", "yes", "no yes", "yes no yes no yes", "no", "yes yes"]
+    rows = Dataset.from_dict({"prompt": prompts * 2, "reference": references * 2})
+    model = tiny_policy()
+    if lora:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=["c_attn", "c_proj"],
+                                                 fan_in_fan_out=True, task_type="CAUSAL_LM")).double()
+    trainer = Given(model, [reward] if objective.beta else None, arguments, rows, processing_class=tiny_tokenizer(),
+                    objective=objective, **settings)
+    trainer.remove_callback(PrinterCallback)
+    trainer.seen = []
+
+    def weights() -> torch.Tensor:
+        trained = trainer.accelerator.unwrap_model(trainer.model).parameters()
+        return torch.cat([p.detach().double().flatten() for p in trained if p.requires_grad])
+
+    start = weights()
+    trainer.train()
+    unlike = ["time", "runtime", "per_second", "profiling", "num_tokens", "epoch"]
+    if accumulation > 1:  # TRL's means over micro-batches of means over tokens: what they are depends on the shuffling
+        unlike += ["entropy", "kl"]
+    logs = [{name: value for name, value in entry.items() if not any(word in name for word in unlike)}
+            for entry in trainer.state.log_history if "loss" in entry]
+    return {"seen": trainer.seen, "logs": logs, "weights": weights().tolist(),
+            "moved": float((weights() - start).abs().max())}
+
+
+def difference(one, other) -> float:
+    """The largest absolute difference of two structures of numbers; infinite where they are not alike otherwise."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return max([difference(one[name], other[name]) for name in one], default=0.0)
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return max([difference(*pair) for pair in zip(one, other, strict=True)], default=0.0)
+    if isinstance(one, (int, float)) and isinstance(other, (int, float)):
+        return abs(one - other)
+    return 0.0 if one == other else float("inf")
+
+
+def compare(cases) -> list[dict]:
+    """One row a case: the largest differences between one process and two."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_processes(2, [__file__, "--write", folder, "--cases", *cases], Path(folder), "two processes")
+        rows = []
+        for place, name in enumerate(cases):
+            alone, both = train(**CASES[name]), json.loads((Path(folder) / f"{place}.json").read_text())
+            parts = {part: ([seen[part] for seen in alone["seen"]], [seen[part] for seen in both["seen"]])
+                     for part in ("rewards", "texts", "advantages")}
+            parts |= {"losses": ([entry["loss"] for entry in alone["logs"]], [e["loss"] for e in both["logs"]]),
+                      "metrics": (alone["logs"], both["logs"]), "weights": (alone["weights"], both["weights"])}
+            rows.append({"case": name, **{part: f"{difference(*pair):.1e}" for part, pair in parts.items()},
+                         "weights_moved_by": f"{alone['moved']:.1e}"})
+    return rows
+
+
+def write(folder: Path, cases) -> None:
+    for place, name in enumerate(cases):
+        result = train(**CASES[name])
+        if torch.distributed.get_rank() == 0:
+            (folder / f"{place}.json").write_text(json.dumps(result))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # one of the two processes
+    args = parser.parse_args()
+    if args.write:
+        report_errors(lambda: write(args.write, args.cases), args.write)
+        return 0
+    rows = compare(args.cases)
+    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    wrong = 0
+    for row in rows:
+        numbers = {part: float(value) for part, value in row.items() if part not in ("case", "weights_moved_by")}
+        wrong += max(numbers.values()) > TOLERANCE
+        print(f"{row['case']:50} " + ", ".join(f"{part} {value:.0e}" for part, value in numbers.items()))
+    print(f"{wrong} cases differ" if wrong else f"every difference is at most {TOLERANCE:g}")
+    return wrong > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

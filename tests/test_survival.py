@@ -1,0 +1,143 @@
+"""What goes wrong with a machine: killed, the disk full, a folder that may not be written, a checkpoint damaged."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from transformers import TrainerCallback
+
+from grpo_engage.__main__ import main
+from grpo_engage.arm_training import train_arm
+from grpo_engage.core import REPO_ROOT, file_sha256
+from grpo_engage.objective import Objective
+from grpo_engage.storage import check_writable
+
+OPTIONS = dict(objective=Objective(1.0, 0.0, 0.3), max_steps=5, learning_rate=1e-3, posts_per_step=2, num_generations=2,
+               max_new_tokens=6, lora_rank=4, save_steps=2)
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_survival import OPTIONS
+from grpo_engage.arm_training import train_arm
+from grpo_engage.base_models import ensure_policy
+from grpo_engage.simulator import simulate_pairs
+train_arm(ensure_policy("nano"), simulate_pairs(30, seed=8)[["tweet", "reply"]], Path(sys.argv[2]), **OPTIONS)
+"""
+
+
+class At(TrainerCallback):
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+class Killed(Exception):
+    pass
+
+
+def die():
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def whole(base, pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    train_arm(base, pairs, folder, **OPTIONS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cut(base, pairs, tmp_path_factory):
+    """A run that died after step 5, before its end: checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("cut")
+    with pytest.raises(Killed):
+        train_arm(base, pairs, folder, **OPTIONS, callbacks=[At(5, die)])
+    assert sorted(path.name for path in (folder / "checkpoints").glob("*-*")) == ["checkpoint-2", "checkpoint-4"]
+    return folder
+
+
+def goes_on(base, pairs, folder, whole, capsys, step):
+    log = train_arm(base, pairs, folder, **OPTIONS)
+    said = capsys.readouterr().out
+    assert f"goes on after step {step}" in said
+    assert log["step"].tolist() == [1, 2, 3, 4, 5]
+    assert file_sha256(folder) == file_sha256(whole)  # adapter, its config, the log, and nothing else
+    return said
+
+
+def test_kill_9_while_polychromic_trains(base, pairs, whole, tmp_path, capsys):
+    words = [sys.executable, "-c", SCRIPT, str(REPO_ROOT / "tests"), str(tmp_path / "run")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 900
+        while not (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "trainer_state.json").exists():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not (tmp_path / "run" / "adapter").exists()
+    last = max(int(path.name.split("-")[1]) for path in (tmp_path / "run" / "checkpoints").glob("*-*")
+               if (path / "trainer_state.json").exists())
+    goes_on(base, pairs, tmp_path / "run", whole, capsys, last)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(base, pairs, cut, whole, tmp_path, capsys, name):
+    shutil.copytree(cut, tmp_path / "run")
+    damaged = tmp_path / "run" / "checkpoints" / "checkpoint-4" / name
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    said = goes_on(base, pairs, tmp_path / "run", whole, capsys, 2)
+    assert "checkpoint-4" in said and "the one before is taken" in said
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(base, pairs, whole, tmp_path, capsys):
+    """A limit on the size of files stands in for the disk: the same writers fail in the same places."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    tight = At(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1])))
+    try:
+        with pytest.raises(OSError) as caught:
+            train_arm(base, pairs, tmp_path, **OPTIONS, callbacks=[tight])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = str(caught.value)
+    assert str(tmp_path) in message and "give the same command again" in message, message
+    goes_on(base, pairs, tmp_path, whole, capsys, 2)
+
+
+def test_a_full_disk_is_named(base, pairs, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("transformers.trainer.Trainer._save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="the disk is full: free some space there") as caught:
+        train_arm(base, pairs, tmp_path, **OPTIONS)
+    assert caught.value.errno == errno.ENOSPC and str(tmp_path) in str(caught.value)
+
+
+def test_an_unwritable_folder_is_one_line_before_anything_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GRPO_ENGAGE_RUNS", str(tmp_path / "file"))
+    assert main(["run", "data", "--preset", "smoke"]) == 1
+    message = capsys.readouterr().err
+    assert len(message.splitlines()) == 1 and str(tmp_path / "file" / "smoke") in message
+    assert "a part of its path is a file" in message and "name another folder" in message
+
+
+def test_a_folder_of_somebody_else(tmp_path, monkeypatch):
+    def refused(**_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))  # root, who may run this, is never refused
+
+    monkeypatch.setattr("tempfile.mkstemp", refused)
+    with pytest.raises(PermissionError, match="this user may not write there: correct its owner or mode") as caught:
+        check_writable(tmp_path)
+    assert str(tmp_path) in str(caught.value)
