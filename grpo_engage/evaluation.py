@@ -179,8 +179,8 @@ def evaluation_stage(run_dir: Path, *, arms: Sequence[str] = ("baseline", "grpo"
 
     Reads data/pairs.parquet, policy/policy.json, reward_model/ and train/<arm>/seed<k>/adapter. The policy without
     adapter ("base"), and whatever else has no training seed, stands under the first of `seeds`. Raises ValueError when
-    no arm is "baseline", when an arm or seed is named twice, for n_samples < 16, for an unknown rival, for a file of texts
-    that cannot be used, and when a split has no usable post; FileNotFoundError names what is missing.
+    no arm is "baseline", when an arm or seed is named twice, for n_samples < 16, for an unknown rival, for a file
+    of texts that cannot be used, and when a split has no usable post; FileNotFoundError names what is missing.
     """
     run_dir = Path(run_dir)
     folder = run_dir / "evaluation"
