@@ -137,6 +137,7 @@ rule evaluation:
         "data/pairs.parquet",
         "reward_model/judge/model.safetensors",
         "reward_model/reward/model.safetensors",
+        config["stages"]["evaluation"].get("arm_files", []),
         notebooks("evaluation"),
     output:
         "evaluation/generations.parquet",
@@ -144,6 +145,7 @@ rule evaluation:
         "evaluation/pass.json",
         "evaluation/metrics.csv",
         "evaluation/comparisons.csv",
+        "evaluation/robustness.csv",
         "evaluation/curves.csv",
         "evaluation/notes.csv",
     log:
