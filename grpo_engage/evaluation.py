@@ -159,7 +159,7 @@ def score_generations(run_dir: Path, *, judge: str = "auto", target_pass_at_10: 
     write_csv(folder / "curves.csv", pass_curves(test, n_boot, seed))
     generated = folder / "generation.json"
     notes = frozen["warnings"] + changes + (read_json(generated)["notes"] if generated.exists() else []) + notes
-    notes += [f"{row.arm}, {row.metric}: {row.conclusion} the baseline by the {row.view} ({row.scorer}), unlike by the "
+    notes += [f"{row.arm} against baseline, {row.metric}: {row.conclusion} by {row.view} ({row.scorer}), unlike by the "
               "main judge" for row in robustness[~robustness["agrees"] & ~robustness["arm"].isin(rivals)].itertuples()]
     write_csv(folder / "notes.csv", pd.DataFrame({"note": notes}, dtype=str))
     for note in notes:
