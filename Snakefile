@@ -158,6 +158,7 @@ rule evaluation:
         "data/pairs.parquet",
         "reward_model/judge/model.safetensors",
         "reward_model/reward/model.safetensors",
+        config["stages"]["evaluation"].get("arm_files", []),
         notebooks("evaluation"),
     output:
         "evaluation/generations.parquet",
@@ -165,6 +166,7 @@ rule evaluation:
         "evaluation/pass.json",
         "evaluation/metrics.csv",
         "evaluation/comparisons.csv",
+        "evaluation/robustness.csv",
         "evaluation/curves.csv",
         "evaluation/notes.csv",
     log:

@@ -1,8 +1,9 @@
 """How long do the text metrics take? Self-BLEU against nltk, and a whole evaluation's worth of made-up replies.
 
 `python benchmarks/metrics_speed.py` prints both and writes benchmarks/metrics_speed.csv: Self-BLEU of n replies by ours
-and by nltk (same value to 1e-9), and 4 arms x 3 seeds x 500 posts x 16 replies of about 20 words on every text metric.
-Embeddings are left out. One process; nltk takes minutes at n = 1,000.
+and by nltk (same value to 1e-9), and 4 arms x 3 seeds x 500 posts x 16 replies of about 20 words on every text metric,
+by the functions of the evaluation stage, wall time, in two processes (--jobs 1 2 checks that one gives the same).
+Embeddings are left out. nltk takes minutes at n = 1,000.
 """
 
 import argparse
@@ -14,18 +15,8 @@ import pandas as pd
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
 from grpo_engage.core import write_csv
-from grpo_engage.evaluation import (
-    CopiedSpans,
-    distinct_n,
-    ead,
-    ngram_vectors,
-    pass_at_k,
-    rouge_l,
-    safety_flags,
-    self_bleu,
-    vendi,
-)
-from grpo_engage.metrics import words
+from grpo_engage.metrics import self_bleu, words
+from grpo_engage.post_metrics import metrics_by_post, read_replies
 
 
 def texts(rng, n, vocabulary=2000, mean_length=20):
@@ -59,47 +50,45 @@ def self_bleu_row(n, seed=0):
             "ratio": nltk_seconds / seconds, "difference": abs(ours - theirs)}
 
 
-def score_all(arms=4, seeds=3, posts=500, samples=16, references=5, seed=0):
-    """Seconds for every metric over arms x seeds x posts groups of `samples` replies."""
+def made_up_scores(arms=4, seeds=3, posts=500, samples=16, references=5, seed=0):
+    """Replies of a whole evaluation with a post, real replies and made-up judgements each, and training replies."""
     rng = np.random.default_rng(seed)
-    groups = arms * seeds * posts
-    replies, tweets = texts(rng, groups * samples), texts(rng, posts)
+    n = arms * seeds * posts * samples
+    tweets, training = texts(rng, posts), texts(rng, 5000)
     real = np.array(texts(rng, posts * references), dtype=object).reshape(posts, references).tolist()
-    training = CopiedSpans(texts(rng, 5000))
-    index = [CopiedSpans([tweet]) for tweet in tweets]
-    clock = dict.fromkeys(["self_bleu", "distinct_2", "ead", "vendi_ngrams", "rouge_l", "copied_from_post",
-                           "copied_from_training", "length", "safety", "pass_at_k"], 0.0)
+    frame = pd.DataFrame(np.indices((arms, seeds, posts, samples)).reshape(4, n).T,
+                         columns=["arm", "seed", "post", "sample"])
+    frame = frame.assign(text=texts(rng, n), judge=rng.random(n), reward=rng.random(n), gold=np.nan)
+    return frame, [tweets[post] for post in frame["post"]], [real[post] for post in frame["post"]], training
 
-    def count(name, function, *arguments):
-        clock[name] += timed(function, *arguments)[1]
 
-    for group in range(groups):
-        batch, post = replies[group * samples:(group + 1) * samples], group % posts
-        count("self_bleu", self_bleu, batch)
-        count("distinct_2", distinct_n, batch, 2)
-        count("ead", ead, batch, 50_000)
-        count("vendi_ngrams", lambda b: vendi(ngram_vectors(b)), batch)
-        count("rouge_l", lambda b, p: [rouge_l(text, real[p]) for text in b], batch, post)
-        count("copied_from_post", lambda b, p: [index[p].longest(text) for text in b], batch, post)
-        count("copied_from_training", lambda b: [training.longest(text) for text in b], batch)
-        count("length", lambda b: [len(words(text)) for text in b], batch)
-    count("safety", safety_flags, [tweets[group % posts] for group in range(groups) for _ in range(samples)], replies)
-    count("pass_at_k", pass_at_k, samples, rng.integers(0, samples + 1, size=(groups, 1)), np.arange(1, samples + 1))
-    return clock
+def score_all(n_jobs, **size):
+    """Wall seconds of every text metric in `n_jobs` processes, as the evaluation stage computes them; and the table."""
+    frame, tweets, references, training = made_up_scores(**size)
+    start = time.perf_counter()
+    read = read_replies(tweets, frame["text"].tolist(), references, training, n_jobs)
+    middle = time.perf_counter()
+    scored = frame.join(read).assign(passed=frame["judge"] > 0.9)
+    table = metrics_by_post(scored, vocabulary_size=2000, n_jobs=n_jobs)
+    end = time.perf_counter()
+    return {"each reply": middle - start, "each set": end - middle, "all": end - start}, table
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, nargs="*", default=[16, 100, 1000], help="sizes for the comparison with nltk")
     parser.add_argument("--posts", type=int, default=500)
+    parser.add_argument("--jobs", type=int, nargs="*", default=[2], help="numbers of processes")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
-    start = time.perf_counter()
-    clock = score_all(posts=options.posts)
-    wall = time.perf_counter() - start
-    rows = [{"what": name, "seconds": seconds} for name, seconds in clock.items()]
-    rows.append({"what": f"all, 4 arms x 3 seeds x {options.posts} posts x 16", "seconds": sum(clock.values()),
-                 "wall_seconds": wall})
+    size = f"4 arms x 3 seeds x {options.posts} posts x 16"
+    rows, tables = [], []
+    for n_jobs in options.jobs:
+        clock, table = score_all(n_jobs, posts=options.posts)
+        rows += [{"what": f"{name}, {size}", "processes": n_jobs, "wall_seconds": seconds}
+                 for name, seconds in clock.items()]
+        tables.append(table)
+        pd.testing.assert_frame_equal(table, tables[0], check_exact=True)  # the same, whatever the number of processes
     rows += [self_bleu_row(n) for n in options.n]
     table = pd.DataFrame(rows)
     write_csv(options.out, table)

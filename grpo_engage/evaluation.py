@@ -159,7 +159,7 @@ def score_generations(run_dir: Path, *, judge: str = "auto", target_pass_at_10: 
     write_csv(folder / "curves.csv", pass_curves(test, n_boot, seed))
     generated = folder / "generation.json"
     notes = frozen["warnings"] + changes + (read_json(generated)["notes"] if generated.exists() else []) + notes
-    notes += [f"{row.arm}, {row.metric}: {row.conclusion} the baseline by the {row.view} ({row.scorer}), unlike by the "
+    notes += [f"{row.arm} against baseline, {row.metric}: {row.conclusion} by {row.view} ({row.scorer}), unlike by the "
               "main judge" for row in robustness[~robustness["agrees"] & ~robustness["arm"].isin(rivals)].itertuples()]
     write_csv(folder / "notes.csv", pd.DataFrame({"note": notes}, dtype=str))
     for note in notes:
@@ -179,8 +179,8 @@ def evaluation_stage(run_dir: Path, *, arms: Sequence[str] = ("baseline", "grpo"
 
     Reads data/pairs.parquet, policy/policy.json, reward_model/ and train/<arm>/seed<k>/adapter. The policy without
     adapter ("base"), and whatever else has no training seed, stands under the first of `seeds`. Raises ValueError when
-    no arm is "baseline", when an arm or seed is named twice, for n_samples < 16, for an unknown rival, for a file of texts
-    that cannot be used, and when a split has no usable post; FileNotFoundError names what is missing.
+    no arm is "baseline", when an arm or seed is named twice, for n_samples < 16, for an unknown rival, for a file
+    of texts that cannot be used, and when a split has no usable post; FileNotFoundError names what is missing.
     """
     run_dir = Path(run_dir)
     folder = run_dir / "evaluation"

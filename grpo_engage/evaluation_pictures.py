@@ -112,7 +112,8 @@ def plot_distributions(scored: pd.DataFrame) -> Figure:
     axes = figure.subplots()
     tidy = scored.melt("arm", ["judge", "reward"], "by", "score").replace({"by": {"reward": "training reward"}})
     sns.violinplot(tidy, x="arm", y="score", hue="by", split=True, inner="quart", order=arms, cut=0,
-                   density_norm="width", palette={"judge": "#0072B2", "training reward": "#E69F00"}, linewidth=0.8, ax=axes)
+                   density_norm="width", palette={"judge": "#0072B2", "training reward": "#E69F00"}, linewidth=0.8,
+                   ax=axes)
     axes.axhline(0.5, color="0.6", lw=0.8, zorder=0)
     axes.set(xlabel="", ylabel="P(beats a real reply)", ylim=(0, 1))
     axes.tick_params(axis="x", rotation=30 if len(arms) > 4 else 0)

@@ -26,6 +26,7 @@ from grpo_engage.exhibits import (
     provenance_table,
     results_table,
     rewards_table,
+    rivals_table,
     training_figure,
     unvalidated,
     with_interval,
@@ -226,7 +227,8 @@ def paper_stage(run_dir: Path, *, arms: Sequence[str], seeds: Sequence[int], pre
             shutil.rmtree(folder / name, ignore_errors=True)  # another version's may have other names
         for name, draw in FIGURES.items():
             savefig(draw(run), folder / "figures" / name)
-        tables = {"results": results_table(run, usd_per_hour), "comparisons": comparisons_table(run),
+        tables = {"results": results_table(run, usd_per_hour), "rivals": rivals_table(run),
+                  "comparisons": comparisons_table(run),
                   "data": data_table(run), "rewards": rewards_table(run),
                   "provenance": provenance_table(run, preset)}  # fmt: skip
         if unvalidated(run):

@@ -70,7 +70,7 @@ def read_replies(tweets: Sequence[str], texts: Sequence[str], references: Sequen
     frozen = tuple(training)
     chunks = [(tweets[start:start + size], texts[start:start + size], references[start:start + size], frozen)
               for start in range(0, len(texts), size)]
-    parts = in_processes(_read_replies, chunks, len(texts), n_jobs, "replies read, in thousands times two")
+    parts = in_processes(_read_replies, chunks, len(texts), n_jobs, "reading replies, chunks of 2,000")
     return pd.concat(parts or [_read_replies([], [], [], frozen)], ignore_index=True)
 
 # %% ../nbs/09j_post_metrics.ipynb #c012
@@ -86,7 +86,7 @@ def _read_sets(sets: Sequence[Sequence[str]], vocabulary_size: int) -> list[dict
 def read_sets(sets: Sequence[Sequence[str]], vocabulary_size: int, n_jobs: int | None = None) -> pd.DataFrame:
     """SET_METRICS of each set of replies, (sets, 4): Self-BLEU, distinct-2, EAD of words, Vendi over 1- and 2-grams."""
     chunks = [(sets[start:start + 200], vocabulary_size) for start in range(0, len(sets), 200)]
-    parts = in_processes(_read_sets, chunks, sum(map(len, sets)), n_jobs, "sets read, in hundreds times two")
+    parts = in_processes(_read_sets, chunks, sum(map(len, sets)), n_jobs, "reading sets, chunks of 200")
     return pd.DataFrame([row for part in parts for row in part], columns=list(SET_METRICS))
 
 # %% ../nbs/09j_post_metrics.ipynb #c018

@@ -39,7 +39,8 @@ class Run:
     pass_rule: dict
     verdicts: dict[str, dict]  # verdict.json by folder: is the loss falling, is the reward rising?
     logs: pd.DataFrame  # train_log.csv of all arms and seeds, with columns arm and seed
-    metrics: pd.DataFrame
+    metrics: pd.DataFrame  # of the arms, and of the policy before training
+    rivals: pd.DataFrame  # the same of what was evaluated beside them
     comparisons: pd.DataFrame
     curves: pd.DataFrame
 
@@ -73,6 +74,8 @@ def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
         raise ValueError(f"{needed['evaluation/metrics.csv']} lacks {', '.join(lost)}: evaluate these arms and seeds")
     logs = pd.concat([pd.read_csv(needed[f"train/{arm}/seed{seed}/train_log.csv"]).assign(arm=arm, seed=seed)
                       for arm in arms for seed in seeds], ignore_index=True)
+    of_arms = metrics["arm"].isin([*arms, "base"])
+    curves = pd.read_csv(needed["evaluation/curves.csv"])
     columns = ["conversation_id", "split", "reply_likes", "source"]
     return Run(
         name=run_dir.resolve().name, arms=list(arms), seeds=list(seeds), manifests=manifests,
@@ -82,9 +85,9 @@ def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
         learned=read_json(needed["reward_model/validation.json"]), policy=read_json(needed["policy/policy.json"]),
         pass_rule=read_json(needed["evaluation/pass.json"]),
         verdicts={folder: read_json(needed[f"{folder}/verdict.json"]) for folder in trained},
-        logs=logs, metrics=metrics,
+        logs=logs, metrics=metrics[of_arms], rivals=metrics[~of_arms],
         comparisons=pd.read_csv(needed["evaluation/comparisons.csv"]),
-        curves=pd.read_csv(needed["evaluation/curves.csv"]))  # fmt: skip
+        curves=curves[curves["arm"].isin([*arms, "base"])])  # fmt: skip
 
 # %% ../nbs/10b_results.ipynb #c008
 def pool_seeds(metrics: pd.DataFrame) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def robustness_table(scored: pd.DataFrame, frozen: Mapping, n_boot: int, seed: i
     may_pass, tables = allowed(scored), []
     for view, (judged, scorer, tau) in views.items():
         by_post = metrics_of_passes(scored.assign(judge=judged, passed=(judged >= tau) & may_pass), (1, 10))
-        table = compare_with_baseline(by_post, n_boot, seed).drop(columns="p_holm").assign(
+        table = compare_with_baseline(by_post, n_boot, seed, n_permutations=999).drop(columns="p_holm").assign(
             view=view, scorer=scorer, tau=tau)
         crossed = [compare_arms(by_post, row.arm, "baseline", row.metric) for row in table.itertuples()]
         table["low"], table["high"] = ([found[end] for found in crossed] for end in ("low", "high"))

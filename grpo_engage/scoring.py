@@ -232,11 +232,13 @@ def summary_table(by_post: pd.DataFrame, n_boot: int, seed: int, rivals: Sequenc
     return table, notes
 
 # %% ../nbs/09b_scoring.ipynb #c027
-def compare_with_baseline(by_post: pd.DataFrame, n_boot: int, seed: int, rivals: Sequence[str] = ()) -> pd.DataFrame:
+def compare_with_baseline(by_post: pd.DataFrame, n_boot: int, seed: int, rivals: Sequence[str] = (),
+                          n_permutations: int = 9999) -> pd.DataFrame:
     """comparisons.csv: arm minus baseline by post, with 95% interval, sign-flip p-value and Holm-adjusted p-value.
 
     Columns arm, versus, metric, difference, ci_low, ci_high, p_value, p_holm (NaN outside the family:
-    headline metrics, arms that are no `rivals`), n.
+    headline metrics, arms that are no `rivals`), n. n_permutations: sign flips behind a p-value of the family; the
+    others, which are not tested, take 999 at most.
     """
     columns = ["arm", "versus", "metric", "difference", "ci_low", "ci_high", "p_value", "p_holm", "n"]
     values = by_post.groupby(["metric", "arm", "post"], sort=False)["value"].mean()  # over seeds
@@ -247,7 +249,8 @@ def compare_with_baseline(by_post: pd.DataFrame, n_boot: int, seed: int, rivals:
             pair = wide[[arm, "baseline"]].dropna()
             row = {"arm": arm, "versus": "baseline", "metric": metric, "n": len(pair)}
             if len(pair):
-                result = paired_difference(pair[arm], pair["baseline"], pair.index, n_boot=n_boot,
+                flips = n_permutations if metric in HEADLINE and arm not in rivals else min(n_permutations, 999)
+                result = paired_difference(pair[arm], pair["baseline"], pair.index, n_boot=n_boot, n_permutations=flips,
                                            seed=child_seed(seed, "paired", metric))
                 row |= {"difference": result.difference, "ci_low": result.low, "ci_high": result.high,
                         "p_value": result.p_value}

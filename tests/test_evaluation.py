@@ -275,7 +275,8 @@ def full_run(run_dir, monkeypatch):
         calls.append({"tweets": tuple(tweets), "n": n, "temperature": temperature, "seed": seed})
         rng = np.random.default_rng(seed)
         return pd.DataFrame([{"post": post, "sample": sample, "text": write(rng.random(), post, sample), "n_tokens": 4,
-                              "finish_reason": "stop", "log_prob": -9.0} for post in range(len(tweets)) for sample in range(n)])
+                              "finish_reason": "stop", "log_prob": -9.0}
+                             for post in range(len(tweets)) for sample in range(n)])
 
     monkeypatch.setattr(generation, "read_policy", lambda run_dir: "nowhere")
     monkeypatch.setattr(generation, "load_policy", lambda *_, **__: (None, None))
@@ -325,8 +326,9 @@ def test_missing_adapter_is_named(full_run):
         evaluation.evaluation_stage(full_run[0], arms=["baseline", "hybrid"])
 
 
-def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full_run, tmp_path):
+def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full_run, tmp_path, monkeypatch):
     run_dir, calls = full_run
+    monkeypatch.setattr(evaluation, "arms_reward", lambda *_: (quality, "toy"))
     posts = [f"test-{number}" for number in range(N_POSTS)]
     theirs = tmp_path / "theirs.csv"
     pd.DataFrame({"conversation_id": posts * 16, "text": ["=cmd() $x$ <script> 0.9"] * 16 * N_POSTS}).to_csv(
@@ -340,14 +342,16 @@ def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full
     value = table.set_index(["arm", "metric"])["value"]
     assert value["best_of_n", "reward_engagement"] > value["baseline", "reward_engagement"] + 0.1  # of three, the best
     assert value["real", "judge_engagement"] == pytest.approx(0.5)  # all nine of each post, each against the others
-    assert math.isnan(value["real", "pass@10"]) and value["real", "pass@5"] > 0 and math.isnan(value["real", "self_bleu"])
+    assert math.isnan(value["real", "pass@10"]) and math.isnan(value["real", "self_bleu"])
+    assert value["real", "pass@5"] > 0
     assert value["theirs", "self_bleu"] == pytest.approx(1)
     notes = " ".join(pd.read_csv(run_dir / "evaluation" / "notes.csv")["note"])
     assert "real seed 0: pass@10 could not be computed for 8 of 8 posts (fewer than 10 replies)" in notes
     assert "theirs: 352 of 480 replies of the file are left out" in notes
     assert set(pd.read_csv(run_dir / "evaluation" / "decision.csv")["arm"]) == {"grpo"}
     comparisons = pd.read_csv(run_dir / "evaluation" / "comparisons.csv").set_index("arm")
-    assert comparisons.loc[["theirs", "best_of_n"], "p_holm"].isna().all() and comparisons.loc["grpo", "p_holm"].notna().any()
+    assert comparisons.loc[["theirs", "best_of_n"], "p_holm"].isna().all()
+    assert comparisons.loc["grpo", "p_holm"].notna().any()
     costs = pd.read_csv(run_dir / "evaluation" / "costs.csv").set_index("arm")
     assert costs.loc["best_of_n", "sampled_tokens"] == 8 * 48 * 4 and math.isnan(costs.loc["real", "seconds"])
 
@@ -403,7 +407,8 @@ def test_a_ceiling_is_said_in_the_table_itself(run_dir):
     made.to_parquet(generations)
     evaluation.score_generations(run_dir, n_boot=100, embeddings=False)
     table = pd.read_csv(run_dir / "evaluation" / "metrics.csv").set_index("metric")
-    assert table.loc["pass@10", "warning"].str.startswith("ceiling").all() and table.loc["self_bleu", "warning"].isna().all()
+    assert table.loc["pass@10", "warning"].str.startswith("ceiling").all()
+    assert table.loc["self_bleu", "warning"].isna().all()
 
 
 def test_two_processes_give_what_one_gives(run_dir):

@@ -98,7 +98,8 @@ def test_samples_follow_the_softmax(nano):
 def test_order_columns_and_reasons(nano):
     model, tokenizer = nano
     got = generate_replies(model, tokenizer, TWEETS, n=5, max_new_tokens=9, batch_size=4, seed=1)
-    assert list(got.columns) == ["post", "sample", "text", "n_tokens", "finish_reason"]
+    assert list(got.columns) == ["post", "sample", "text", "n_tokens", "finish_reason", "log_prob"]
+    assert (got["log_prob"] < 0).all()
     assert got[["post", "sample"]].values.tolist() == [[p, s] for p in range(3) for s in range(5)]
     assert (got.loc[got["finish_reason"] == "length", "n_tokens"] == 9).all()
     assert got["n_tokens"].between(1, 9).all() and set(got["finish_reason"]) <= {"stop", "length"}
