@@ -17,7 +17,17 @@ from scipy.stats import kendalltau, theilslopes
 
 from . import policy, reward_model
 from .arm_training import train_arm
-from .core import ARM_COLOURS, child_seed, file_sha256, read_json, savefig, stage_manifest, style, write_json
+from grpo_engage.core import (
+    ARM_COLOURS,
+    child_seed,
+    file_sha256,
+    read_json,
+    savefig,
+    say,
+    stage_manifest,
+    style,
+    write_json,
+)
 from .data import load_pairs
 from .heuristic_reward import HeuristicReward
 from .many_processes import train_arm_in_processes
@@ -192,7 +202,9 @@ def train_stage(
             score, identifier, manifest["reward_validated"] = training_reward(**recipe)
             manifest["reward"] = identifier
         watch = None
-        if watch_every:
+        if watch_every and n_processes > 1:
+            say(f"{arm}: validation posts are not watched with n_processes={n_processes}")
+        elif watch_every:
             posts = watched_posts(pairs, watch_posts)
             proxy = score or training_reward(run_dir, reward, reward_weight_learned, reward_penalty, True)[0]
             watch = Watch(posts, proxy, training_judge(run_dir, pairs, posts), watch_every, watch_replies,
@@ -213,8 +225,8 @@ def train_stage(
             learning_rate=learning_rate_policy if objective.beta else learning_rate_supervised, max_steps=max_steps,
             batch_size=batch_size, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=gradient_checkpointing, lora_rank=lora_r, save_steps=save_steps,
-            seed=child_seed(seed, "train", arm), report_to=report_to, base_name=facts["name"], label=arm, watch=watch,
-            **loading, **options)
+            seed=child_seed(seed, "train", arm), report_to=report_to, base_name=facts["name"], label=arm,
+            **({"watch": watch} if watch else {}), **loading, **options)
         verdict = pilot_verdict(log) | {"heldout_nll": {
             "before": before, "after": _heldout_nll(base, folder / "adapter", loading, heldout),
             "replies": len(heldout), "unit": "nats per token, validation references"}}

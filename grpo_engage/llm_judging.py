@@ -59,7 +59,8 @@ def draw_pairs(replies: pd.DataFrame, versus: str, limit: int, seed: int = 0) ->
         drawn.append(pd.DataFrame({
             "arm": arm, "versus": versus, "seed": pairs["own_seed"], "versus_seed": pairs["versus_seed"],
             "post": pairs["post"], "sample": pairs["sample"], "versus_sample": pairs["versus_sample"],
-            "tweet": pairs["tweet"], "reply": pairs["text"], "other": pairs["text_other"], "judge": pairs["judge"] - pairs["judge_other"]}).assign(
+            "tweet": pairs["tweet"], "reply": pairs["text"], "other": pairs["text_other"],
+            "judge": pairs["judge"] - pairs["judge_other"]}).assign(
                 place=range(len(pairs))))
     if not drawn:
         raise ValueError(f"draw_pairs: there is no arm but {versus!r}")
