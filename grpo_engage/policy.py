@@ -286,22 +286,18 @@ def policy_stage(run_dir: Path, *, policy: str = "nano", quantization: str = "no
                  sample_posts: int = 4, samples_per_post: int = 4, max_new_tokens: int = 28, temperature: float = 1.0,
                  batch_size: int = 32, seed: int = 0) -> pd.DataFrame:
     """Make sure that base model `policy` is there; write policy/policy.json and policy/samples.csv; return samples."""
+    parameters = {name: value for name, value in locals().items() if name != "run_dir"}
     folder = Path(run_dir) / "policy"
-    parameters = {"policy": policy, "quantization": quantization, "attention": attention,
-                  "sample_posts": sample_posts, "samples_per_post": samples_per_post, "max_new_tokens": max_new_tokens,
-                  "temperature": temperature, "batch_size": batch_size, "seed": seed}
     with stage_manifest(folder, "policy", parameters, [Path(run_dir) / "data" / "pairs.parquet"]) as manifest:
         place = ensure_policy(policy)
         model, tokenizer = load_policy(place, quantization, attention)
-        local = Path(place) / "provenance.json"
-        weights = Path(place) / "model.safetensors"
+        local, weights = (Path(place) / name for name in ("provenance.json", "model.safetensors"))
         facts = {"name": policy, "path": str(place), "quantization": quantization, "attention": attention,
                  "sha256": file_sha256(weights) if weights.exists() else None,
                  "n_parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch."),
                  "vocabulary": len(tokenizer), "context": model.config.get_text_config().max_position_embeddings,
-                 "provenance": read_json(local) if local.exists() else {"source": "Hub or local folder",
-                                                                       "revision": getattr(model.config, "_commit_hash",
-                                                                                           None)}}
+                 "provenance": read_json(local) if local.exists() else {
+                     "source": "Hub or local folder", "revision": getattr(model.config, "_commit_hash", None)}}
         pairs = data.load_pairs(run_dir)
         posts = pairs[pairs["split"] == "validation"].drop_duplicates("conversation_id").sort_values("conversation_id")
         posts = posts.head(sample_posts).reset_index(drop=True)

@@ -151,6 +151,8 @@ def written_out(trainer, tables, groups, settings: dict) -> torch.Tensor:
             texts = trainer._tokenizer.batch_decode([list(reply) for reply in group], skip_special_tokens=True)
             for i in range(k):
                 credit[g, i] = k * (metric(texts) - metric(texts[:i] + texts[i + 1:]))
+        if len(groups) > 1:  # a baseline: the mean credit of all groups but its own
+            credit = np.array([row - np.delete(credit, g, axis=0).mean() for g, row in enumerate(credit)])
         advantage = advantage + settings["objective"].lam * credit / max(np.sqrt((credit**2).mean()), 1e-3)
     if (clip := settings.get("advantage_clip")) is not None:
         advantage = np.clip(advantage, -clip, clip)
