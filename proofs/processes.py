@@ -26,9 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback
 from trl import GRPOConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gradient import Enumerated, everything, tiny_policy, tiny_tokenizer
-
+from grpo_engage.enumeration import EnumeratedTrainer, all_replies, tiny_policy, tiny_tokenizer
 from grpo_engage.objective import Objective
 from grpo_engage.processes import report_errors, run_processes, world_size
 
@@ -48,14 +46,14 @@ CASES = {
 }
 
 
-class Given(Enumerated):
+class Given(EnumeratedTrainer):
     """ReplyTrainer that says what a table holds for step and place in the step, whichever process asks."""
 
     def _generate(self, prompts):
-        replies = everything(self.max_completion_length)
+        replies = all_replies(2, self.max_completion_length)
         chosen = np.random.default_rng([5, self.state.global_step]).integers(len(replies), size=REPLIES)
         first = self.accelerator.process_index * len(prompts)
-        self.say_next([replies[index] for index in chosen[first : first + len(prompts)]])
+        self.say_next([[replies[index] for index in chosen[first : first + len(prompts)]]])
         return super()._generate(prompts)
 
     def _generate_and_score_completions(self, inputs):

@@ -1,7 +1,6 @@
 """Several processes: the same numbers as one, and configurations that accelerate reads."""
 
 import importlib.util
-import sys
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -12,7 +11,6 @@ from grpo_engage.core import REPO_ROOT
 from grpo_engage.objective import Objective
 from grpo_engage.processes import launch_command, run_processes
 
-sys.path.insert(0, str(REPO_ROOT / "proofs"))
 specification = importlib.util.spec_from_file_location("processes", REPO_ROOT / "proofs" / "processes.py")
 proof = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(proof)
