@@ -226,7 +226,7 @@ def train_stage(
             batch_size=batch_size, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=gradient_checkpointing, lora_rank=lora_r, save_steps=save_steps,
             seed=child_seed(seed, "train", arm), report_to=report_to, base_name=facts["name"], label=arm,
-            **({"watch": watch} if watch else {}), **loading, **options)
+            **({"watch": watch} if n_processes == 1 else {}), **loading, **options)
         verdict = pilot_verdict(log) | {"heldout_nll": {
             "before": before, "after": _heldout_nll(base, folder / "adapter", loading, heldout),
             "replies": len(heldout), "unit": "nats per token, validation references"}}
