@@ -53,7 +53,7 @@ def mark_unvalidated(table: str, mark: str = "Reward not validated") -> str:
     head, rule, tail = table.rpartition(r"\bottomrule")
     if not rule:
         raise ValueError("mark_unvalidated: this is no booktabs table (no bottom rule)")
-    first = next(line for line in head.splitlines() if "&" in line)
+    first = next((line for line in head.splitlines() if "&" in line), "")  # none: the table has one column
     cells = first.replace(r"\&", "").count("&")
     return f"{head}\\midrule\n\\textbf{{{mark}}}{' &' * cells} \\\\\n{rule}{tail}"
 
