@@ -293,5 +293,5 @@ def test_an_override_of_the_gate_marks_every_table_and_the_text(tmp_path):
     path = run_dir / "train" / "grpo" / "seed0" / "manifest.json"
     write_json(path, read_json(path) | {"reward_validated": False})
     built = stage(run_dir)
-    assert len(tables) == 5 and all(path.read_text().count("Reward not validated") == 1 for path in tables)
+    assert len(tables) == 6 and all(path.read_text().count("Reward not validated") == 1 for path in tables)
     assert "did not pass its validation" in read_macros(run_dir)["RewardStatement"] and built["engine"] == "typst"
