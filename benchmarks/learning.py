@@ -98,6 +98,9 @@ def report(out: Path, settings: dict[str, Setting], vocabulary: int) -> None:
     start = path[(path["setting"] == "baseline") & path["last"]].assign(kl=0.0, step=0)
     moved = pd.concat([path[path["setting"].map(lambda name: settings[name].start == "baseline")]]
                       + [start.assign(setting=name) for name in settings if settings[name].start == "baseline"])
+    ended = moved.groupby(["setting", "seed"])["last"].transform("any") & (
+        moved.groupby(["setting", "seed"])["step"].transform("nunique") > 1)
+    moved = moved[ended]  # a seed that is still being trained has its start alone
     reached = moved.groupby(["setting", "seed", "step"])["kl"].mean().groupby(["setting", "seed"]).max()
     for first, second in AT_DISTANCE:
         if not {first, second} <= set(reached.index.get_level_values(0)):

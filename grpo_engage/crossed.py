@@ -59,12 +59,16 @@ def crossed_variance(differences: np.ndarray, clusters: Sequence | None = None) 
     posts = few_posts * ((by_post @ member) ** 2).sum(-1) / n_posts**2
     both = few_seeds * few_posts * ((rest @ member) ** 2).sum((-1, -2)) / (n_seeds * n_posts) ** 2
     total = seeds + posts - both
-    # The sum estimates at least `both`. A negative one (a handful of posts) says nothing: use that bound instead.
-    total = np.where(total > 0, total, both)
+    # What the sum estimates is at least what `both` does. Where chance made it smaller, that bound is taken (a variance
+    # component below 0 is read as 0).
     scale = (seeds**2 / (n_seeds - 1) + posts**2 / (conversations - 1)
              + both**2 / ((n_seeds - 1) * (conversations - 1)))
+    total = np.maximum(total, both)
     with np.errstate(invalid="ignore", divide="ignore"):  # all differences equal: 0/0
         df = np.where(scale > 0, total**2 / scale, n_seeds - 1.0)
+    # A difference of mean squares can be given less than the least of their degrees of freedom, down to nearly 0, where
+    # a t interval has no use.
+    df = np.maximum(df, min(n_seeds - 1.0, conversations - 1.0))
     return CrossedVariance(mean, seeds, posts, both, total, df)
 
 # %% ../nbs/08a_crossed.ipynb #c011

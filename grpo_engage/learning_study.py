@@ -223,12 +223,12 @@ def at_distance(table: pd.DataFrame, distance: float, metric: str) -> pd.DataFra
     """`metric` of each setting, seed and post at mean KL `distance`: columns setting, seed, post, metric.
 
     table: as for `compare_settings` with a column step, step 0 being the start. The KL of a step is its mean over
-    posts; a seed whose largest KL is below `distance` gives no rows.
+    posts; a seed whose largest KL is below `distance`, or that has one step alone, gives no rows.
     """
     rows = []
     for (name, seed), part in table.groupby(["setting", "seed"], sort=True):
         reached = part.groupby("step")["kl"].mean().sort_values()
-        if reached.iloc[-1] < distance:
+        if len(reached) < 2 or reached.iloc[-1] < distance:
             continue
         wide = part.pivot(index="step", columns="post", values=metric).loc[reached.index].to_numpy()
         place = max(int(np.searchsorted(reached.to_numpy(), distance)), 1)

@@ -122,3 +122,12 @@ def test_too_little_is_nan_with_a_reason_and_nonsense_is_an_error():
                           (lambda: posts_and_seeds_needed(crossed(0), 0), "delta")]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_no_interval_is_without_use():
+    """A difference of mean squares that chance makes tiny once had degrees of freedom near 0, and an infinite t."""
+    noise = np.random.default_rng(5).normal(size=(2000, 3, 30))
+    parts = crossed_variance(noise)
+    assert (parts.total >= parts.both).all() and (parts.df >= 2).all()
+    half = stats.t.ppf(0.975, parts.df) * np.sqrt(parts.total)
+    assert half.max() < 1.5 and np.mean(np.abs(parts.mean) <= half) >= 0.94
