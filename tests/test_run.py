@@ -57,7 +57,7 @@ def test_a_run_leaves_notebook_manifest_and_tidy_files(finished):
         assert (run_dir / name).stat().st_size > 0, name
     assert (run_dir / "paper" / "main.pdf").read_bytes().startswith(b"%PDF")
     header = (run_dir / "evaluation" / "metrics.csv").read_text().splitlines()[0]
-    assert header == "arm,seed,metric,value,ci_low,ci_high,n"
+    assert header == "arm,seed,metric,value,ci_low,ci_high,n,warning"
     assert "loss" in done.stdout and "reward" in done.stdout  # the plain answer at the end
 
 
