@@ -198,7 +198,7 @@ def plot_calibration(scored: pd.DataFrame, bins: int = 8) -> Figure:
             axes.plot(means[column], means["judge"], label=arm, markersize=4, markerfacecolor="none", lw=1,
                       **looks[arm])
         axes.plot([0, 1], [0, 1], color="0.6", lw=0.8, zorder=0)
-        axes.set(xlabel=f"P(beats a real reply), by the {label}", xlim=(0, 1), ylim=(0, 1))
+        axes.set(xlabel=f"P(beats a real reply),\nby the {label}", xlim=(0, 1), ylim=(0, 1))
     panels[0].set(ylabel="the same, by the judge")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     sns.despine(figure)
