@@ -15,7 +15,8 @@ from grpo_engage.core import read_json
 from grpo_engage.simulator import simulate_pairs
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
-        "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16"]
+        "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16",
+        "rivals=[real]", "temperatures=[]", "embeddings=false", "watch_posts=2"]
 COMMAND = [sys.executable, "-m", "grpo_engage", "run", "--preset", "smoke"]
 STAGES = ["data", "heuristic_reward", "reward_model", "policy", "best_of_n", "train/baseline/seed0",
           "train/grpo/seed0", "evaluation", "paper"]
@@ -25,7 +26,7 @@ def arguments(run, *more, tiny=TINY):
     return [*COMMAND, "--run", run, *[word for text in tiny for word in ("-p", text)], *more]
 
 
-def call(runs, *words, timeout=400):
+def call(runs, *words, timeout=900):
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout,
                           env=os.environ | {"GRPO_ENGAGE_RUNS": str(runs)})
 
@@ -129,7 +130,7 @@ def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished
     kernels = _kernels(command)
     assert len(kernels) == 1
     kernels[0].send_signal(signal.SIGKILL)
-    _, message = command.communicate(timeout=120)
+    _, message = command.communicate(timeout=400)
     assert command.returncode == 1 and "the kernel died" in message and "grpo" in message
     failed = read_json(run_dir / "train" / "grpo" / "seed0" / "manifest.json")
     assert failed["status"] == "failed"
