@@ -60,7 +60,7 @@ clean-notebooks: $(READY)
 	$(BIN)/nbdev_clean
 
 # Order: what is quick to fail first; pytest last. One worker: the notebooks use all cores themselves. The tests run in two
-# processes of one thread each, the longest file first: on two cores a third less time than one process with two threads.
+# processes of one thread each, the longest file first; small models gain little from a second thread.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/nbdev_test --n_workers 1 --timing
