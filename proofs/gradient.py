@@ -90,7 +90,7 @@ class NumberSubtracted(EnumeratedTrainer):
 def constant_number_error(number: float = 1000.0) -> float:
     """Norm of what subtracting `number` * D adds to the gradient, the largest over all groups; D itself varies."""
     trainer = tiny_trainer(REWARD, advantage="leave_one_out", exact=True, trainer_class=NumberSubtracted)
-    largest, losses = 0.0, []
+    largest, size, losses = 0.0, 0.0, []
     for group in groups_of(len(trainer.replies), 2)[0]:
         gradients = []
         for trainer.number in (0.0, number):
@@ -99,8 +99,10 @@ def constant_number_error(number: float = 1000.0) -> float:
             losses.append(trainer.backward_of([[trainer.replies[i] for i in group]]))
             gradients.append(trainer.left_gradient())
         largest = max(largest, float((gradients[1] - gradients[0]).norm()))
-    if np.ptp(np.diff(losses)[::2]) < 1:
-        raise ArithmeticError("the number that was subtracted did not vary: this shows nothing")
+        size = max(size, float(gradients[0].norm()))
+    if np.ptp(np.diff(losses)[::2]) < 1 or not size:
+        raise ArithmeticError("the number that was subtracted did not vary, or there was no gradient to change: this "
+                              "shows nothing")
     return largest
 
 
