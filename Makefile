@@ -59,11 +59,12 @@ export: $(READY)
 clean-notebooks: $(READY)
 	$(BIN)/nbdev_clean
 
-# Order: what is quick to fail first; pytest last. One worker: the notebooks use all cores themselves. The tests run in two
-# processes of one thread each, the longest file first; small models gain little from a second thread.
+# Order: what is quick to fail first; pytest last, its longest file first. Two processes of one thread each: small models
+# gain little from a second thread. `nano` is built beforehand, with all cores, so that no two processes build it at once.
 test: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/nbdev_test --n_workers 1 --timing
+	$(BIN)/python -c 'from grpo_engage.base_models import ensure_policy; ensure_policy("nano")'
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_run.py tests
 
 # The coverage of the intervals and two processes against one (a minute each), kill -9 at random moments (half an hour),

@@ -16,7 +16,8 @@ from grpo_engage.runner import job_parameters
 NOTEBOOKS = Path(workflow.basedir) / "nbs"
 # The notebooks whose code decides what a stage writes, by their numbers; a change in one of them redoes the stage.
 NUMBERS = {"data": ["01", "02"], "heuristic_reward": ["03"], "reward_model": ["04"], "policy": ["05"],
-           "best_of_n": ["03", "04", "05"], "train": ["06", "07"], "evaluation": ["05d", "05e", "08", "09"], "paper": ["10"]}
+           "best_of_n": ["03", "04", "05"], "train": ["06", "07"], "paper": ["10"],
+           "evaluation": ["05d", "05e", "08", "09_", "09[b-eh-m]"]}  # not 09f (LLM judge) and 09g (browser): they come after
 SOURCE = [config["stages"]["data"]["data_path"]] if config["stages"]["data"]["source"] == "file" else []
 JOB = f"exec {sys.executable} -m grpo_engage job"
 

@@ -8,6 +8,7 @@ __all__ = ['REPO_ROOT', 'SPLITS', 'ARM_COLOURS', 'models_dir', 'child_seed', 'at
            'device_and_dtype', 'style', 'savefig']
 
 # %% ../nbs/00_core.ipynb #c002
+import atexit
 import contextlib
 import hashlib
 import json
@@ -221,10 +222,12 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
 
 # %% ../nbs/00_core.ipynb #c028
 def demo_run_dir(run_dir: str | Path = "") -> Path:
-    """`run_dir` as a path; when it is empty, a fresh temporary folder for a demonstration."""
+    """`run_dir` as a path; when empty, a temporary folder for a demonstration, gone when the kernel ends."""
     if str(run_dir):
         return Path(run_dir)
-    return Path(tempfile.mkdtemp(prefix="grpo_engage_demo_"))
+    folder = tempfile.mkdtemp(prefix="grpo_engage_demo_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def device_and_dtype():

@@ -7,7 +7,9 @@ __all__ = ['END', 'WORDS', 'TINY_POSTS', 'tiny_tokenizer', 'tiny_policy', 'all_r
            'tiny_metric', 'EnumeratedTrainer', 'tiny_trainer', 'expected_gradient', 'exact_gradient', 'relative_error']
 
 # %% ../nbs/06d_enumeration.ipynb #c002
+import shutil
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -186,7 +188,7 @@ def tiny_trainer(objective: Objective, *, words: int = 2, length: int = 2, k: in
     def reward(prompts, completion_ids, **_):
         return [tables[prompt][tuple(ids)] for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
-    folder = tempfile.mkdtemp(prefix="grpo_engage_enumeration_")
+    folder = tempfile.mkdtemp(prefix="grpo_engage_enumeration_")  # its life ends with the trainer's, below
     if kl_reference is not None:
         model.save_pretrained(folder)  # TRL loads its reference from where the policy came from
         model.config._name_or_path = folder
@@ -201,6 +203,7 @@ def tiny_trainer(objective: Objective, *, words: int = 2, length: int = 2, k: in
                             processing_class=tiny_tokenizer(words), objective=objective, **settings)
     if kl_reference is not None:
         trainer.ref_model = kl_reference.eval().requires_grad_(False)  # TRL has loaded it in float32
+    weakref.finalize(trainer, shutil.rmtree, folder, ignore_errors=True)
     trainer.posts, trainer.tables, trainer.replies = rows, list(tables.values()), replies
     return trainer
 

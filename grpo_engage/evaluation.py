@@ -17,7 +17,17 @@ import pandas as pd
 
 from . import hybrid
 from .arm_files import arm_file_name, file_replies
-from .core import child_seed, read_json, say, stage_manifest, style, write_csv, write_json, write_parquet
+from grpo_engage.core import (
+    child_seed,
+    read_json,
+    savefig,
+    say,
+    stage_manifest,
+    style,
+    write_csv,
+    write_json,
+    write_parquet,
+)
 from .decision import beside_projection, compare_arms, decide, recommend
 from .embedding import embed
 from .evaluation_pictures import draw_figures, plot_frontier, plot_pass_curves  # noqa: F401
@@ -44,6 +54,7 @@ from grpo_engage.text_metrics import (  # noqa: F401
     semantic_diversity,
     vendi,
 )
+from .training_path import plot_training_path, training_path
 
 # nbdev's way to re-export: they are defined in 05d_metrics and 09c_text_metrics, and looked for here.
 _all_ = ["distinct_n", "pass_at_k", "rouge_l", "self_bleu", "CopiedSpans", "ead", "ngram_vectors", "safety_flags",
@@ -108,7 +119,8 @@ def score_generations(run_dir: Path, *, judge: str = "auto", target_pass_at_10: 
 
     Also writes into run_dir/evaluation: pass.json (unless it is there), scores.parquet, curves.csv, notes.csv,
     comparisons.csv (over posts), comparisons_by_seed.csv (over posts and seeds), robustness.csv, decision.csv,
-    projected.csv, recommendation.txt and figures/. Raises ValueError when something that these need is missing.
+    projected.csv, recommendation.txt, training_path.csv and figures/. Raises ValueError when something that
+    these need is missing.
     """
     run_dir = Path(run_dir)
     folder = run_dir / "evaluation"
@@ -165,6 +177,10 @@ def score_generations(run_dir: Path, *, judge: str = "auto", target_pass_at_10: 
     for note in notes:
         say(f"note: {note}")
     draw_figures(folder, pairs)
+    path = training_path(run_dir, trained, pairs)
+    write_csv(folder / "training_path.csv", path)
+    if len(path):
+        savefig(plot_training_path(path), folder / "figures" / "training_path")
     return table
 
 # %% ../nbs/09_evaluation.ipynb #c017
