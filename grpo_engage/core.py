@@ -244,7 +244,7 @@ def device_and_dtype():
 # %% ../nbs/00_core.ipynb #c031
 # Okabe and Ito's palette (2008), made to be told apart with any common colour blindness.
 ARM_COLOURS = {"base": "#999999", "baseline": "#0072B2", "polychromic": "#009E73", "grpo": "#D55E00",
-               "hybrid": "#CC79A7", "real": "#000000"}
+               "hybrid": "#CC79A7", "real": "#000000", "baseline_long": "#332288"}
 
 
 def style() -> None:

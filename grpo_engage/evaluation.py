@@ -33,6 +33,7 @@ from .embedding import embed
 from .evaluation_pictures import draw_figures, plot_frontier, plot_pass_curves  # noqa: F401
 from .generation import COLUMNS, RIVALS, generate_part, plan_jobs
 from .metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words  # noqa: F401
+from .objective import RIVAL_ARMS
 from .robustness import robustness_table
 from grpo_engage.scoring import (
     allowed,
@@ -158,9 +159,11 @@ def score_generations(run_dir: Path, *, judge: str = "auto", target_pass_at_10: 
     table, notes = summary_table(by_post, n_boot, seed, rivals)
     write_csv(folder / "metrics.csv", table)
     write_csv(folder / "comparisons.csv", compare_with_baseline(by_post, n_boot, seed, rivals))
+    names = by_post["arm"].unique()
     write_csv(folder / "comparisons_by_seed.csv", pd.DataFrame(
-        {"arm": arm, "versus": "baseline", "metric": metric} | compare_arms(by_post, arm, "baseline", metric)
-        for metric in by_post["metric"].unique() for arm in by_post["arm"].unique() if arm != "baseline"))
+        {"arm": arm, "versus": versus, "metric": metric} | compare_arms(by_post, arm, versus, metric)
+        for versus in ("baseline", *RIVAL_ARMS) if versus in names
+        for metric in by_post["metric"].unique() for arm in names if arm != versus))
     robustness = robustness_table(test, frozen, n_boot, seed)
     write_csv(folder / "robustness.csv", robustness)
     of_arms = by_post[~by_post["arm"].isin(rivals)]  # criteria are for what was trained

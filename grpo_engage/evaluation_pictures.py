@@ -22,7 +22,7 @@ from .pictures import plot_forest, plot_tau_sensitivity, tau_sensitivity
 
 # %% ../nbs/09l_evaluation_pictures.ipynb #c005
 _RIVAL_COLOURS = {"prompted": "#E69F00", "best_of_n": "#56B4E9"}
-_SPARE_COLOURS = ("#882255", "#999933", "#332288", "#44AA99")  # Tol's muted palette, for what has no colour of its own
+_SPARE_COLOURS = ("#882255", "#999933", "#44AA99")  # Tol's muted palette, for what has no colour of its own
 
 
 def arm_looks(arms: Sequence[str]) -> dict[str, dict]:
@@ -216,7 +216,7 @@ def draw_figures(folder: Path, pairs: pd.DataFrame) -> list[str]:
                                read_json(folder / "pass.json"))
     scored = pd.read_parquet(folder / "scores.parquet").query("split == 'test'")
     enough = scored.groupby(["arm", "seed", "post"])["judge"].transform("size") >= 10
-    by_seed = pd.read_csv(folder / "comparisons_by_seed.csv")
+    by_seed = pd.read_csv(folder / "comparisons_by_seed.csv").query("versus == 'baseline'")
     drawn = {"pass_at_k": plot_pass_curves(curves, frozen["tau"]), "quality_diversity": plot_frontier(metrics),
              "tau_sensitivity": plot_tau_sensitivity(tau_sensitivity(scored[enough]), frozen["tau"]),
              "distributions": plot_distributions(scored), "safety": plot_safety(metrics),

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from .core import child_seed, file_sha256, read_json, say, write_parquet
+from .objective import RIVAL_ARMS
 from grpo_engage.policy import (
     INSTRUCTION,
     clean_text,
@@ -65,7 +66,8 @@ def plan_jobs(arms: Sequence[str], seeds: Sequence[int], include_base: bool, riv
                          "baseline's own")
     first = int(seeds[0])
     jobs = [Job("baseline", "trained", int(seed), "validation", "baseline") for seed in seeds]
-    jobs += [Job(arm, "trained", int(seed), "test", arm) for arm in arms for seed in seeds]
+    jobs += [Job(arm, "rival" if arm in RIVAL_ARMS else "trained", int(seed), "test", arm)
+             for arm in arms for seed in seeds]
     jobs += [Job("base", "base", first, "test")] if include_base else []
     jobs += [Job(name, "rival", int(seed), "test", "baseline", float(value))
              for name, value in zip(names, temperatures, strict=True) for seed in seeds]

@@ -19,6 +19,7 @@ import papermill
 import yaml
 
 from .core import REPO_ROOT
+from .objective import RIVAL_ARMS
 
 # %% ../nbs/11_parameters.ipynb #c003
 # Stage -> the notebook that is its explanation, its source and what papermill runs; in the order of the data flow.
@@ -198,7 +199,7 @@ def resolve_config(preset: Mapping, overrides: Sequence[str] = (), arms_known: S
         checked = check_value(declared[stage][name], value)
         if arm is None:
             stages[stage][name] = checked
-        elif stage == "train" and (arm in per_arm or arm in arms_known):
+        elif stage == "train" and (arm in per_arm or arm in arms_known or arm in RIVAL_ARMS):
             per_arm.setdefault(arm, {})[name] = checked
         else:
             raise ValueError(f"there is no arm {arm!r} in stage {stage!r}{_nearest(arm, arms)}")

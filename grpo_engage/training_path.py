@@ -49,7 +49,7 @@ def training_path(run_dir: str | Path, trained: Sequence[tuple[str, int]], pairs
         if not (folder / "samples.parquet").exists():
             continue
         log, looks = pd.read_csv(folder / "train_log.csv"), pd.read_parquet(folder / "samples.parquet")
-        if "kl" not in log:
+        if "kl" not in log or log["kl"].isna().all():
             continue
         tweets, replies = [raw[tweet] for tweet in looks["tweet"]], looks["reply"].tolist()
         judge = judge or model_judge(run_dir, pairs, sorted(raw.values()))  # posts are the same in all

@@ -19,7 +19,7 @@ class Longer:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Two watched arms (one without KL), one that was not; two posts, two replies each, looks after 0 and 4 updates."""
+    """Three watched arms (two without KL), one that was not; 2 posts, 2 replies each, looks after 0 and 4 updates."""
     monkeypatch.setattr("grpo_engage.watching.EngagementRewardModel.load", lambda folder: Longer())
     pairs = simulate_pairs(12, seed=2).assign(split="validation").reset_index(drop=True)
     tweets = pairs["tweet"].drop_duplicates().iloc[:2].tolist()
@@ -27,7 +27,7 @@ def run(tmp_path, monkeypatch):
                            "reply": "ok" * (1 + step + 3 * post + sample), "proxy": 0.1 * (step + post + 2 * sample)}
                           for step in (0, 4) for post in (0, 1) for sample in (0, 1)])
     log = pd.DataFrame({"step": [1, 2, 3, 4], "kl": [0.0, 0.2, 0.4, 0.6]})
-    for arm, logged in (("grpo", log), ("polychromic", log.drop(columns="kl"))):
+    for arm, logged in (("grpo", log), ("polychromic", log.assign(kl=np.nan)), ("baseline", log.drop(columns="kl"))):
         folder = tmp_path / "train" / arm / "seed1"
         write_parquet(folder / "samples.parquet", looks)
         write_csv(folder / "train_log.csv", logged)
@@ -36,7 +36,7 @@ def run(tmp_path, monkeypatch):
 
 def test_means_by_post_of_all_scores_at_the_distance_of_the_log(run):
     folder, pairs, looks = run
-    path = training_path(folder, [("grpo", 1), ("polychromic", 1), ("hybrid", 1)], pairs)
+    path = training_path(folder, [(arm, 1) for arm in ("baseline", "polychromic", "grpo", "hybrid")], pairs)
     assert set(path["arm"]) == {"grpo"} and set(path["posts"]) == {2} and set(path["seed"]) == {1}
     wide = path.pivot(index="step", columns="score", values="mean")
     assert wide["training reward"].tolist() == pytest.approx([0.15, 0.55])  # over samples: 0.1 (step + post + 1)
@@ -59,4 +59,4 @@ def test_real_data_have_no_gold(run):
 
 def test_a_run_of_which_nothing_was_watched_has_no_path(run):
     folder, pairs, _ = run
-    assert training_path(folder, [("hybrid", 0), ("polychromic", 1)], pairs).empty
+    assert training_path(folder, [("hybrid", 0), ("polychromic", 1), ("baseline", 1)], pairs).empty
