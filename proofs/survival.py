@@ -38,7 +38,8 @@ SETTINGS = ["n_conversations=120", *[f"train.{arm}.max_steps={n}" for arm, n in 
             *[f"train.{arm}.save_steps={n}" for arm, n in SAVE_STEPS.items()], "n_test_posts=4", "n_validation_posts=4",
             "n_samples=16", "n_boot=200", "max_new_tokens=16", "posts_per_step=4",
             "num_generations=4", "allow_unvalidated_reward=true"]
-COMPARED = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "train_log.csv")
+ADAPTER = "adapter/adapter_model.safetensors"  # not the folder, which Snakemake makes before the job
+COMPARED = (ADAPTER, "adapter/adapter_config.json", "train_log.csv")
 COLUMNS = ["arm", "killed", "moment", "steps_at_kill", "resumed_from", "identical", "each_step_once",
            "metrics_identical", "seconds"]
 
@@ -73,7 +74,7 @@ class Run:
         seen: dict[str, float] = {}
         while wanted not in seen:
             alive = self.process.poll() is None
-            for event in [*self.events(), *(["adapter"] if (self.folder / "adapter").exists() else [])]:
+            for event in [*self.events(), *(["adapter"] if (self.folder / ADAPTER).exists() else [])]:
                 seen.setdefault(event, time.monotonic() - self.began)
             if not alive:
                 break
@@ -128,7 +129,7 @@ def killed(runs: Path, arm: str, source: Path, seen: dict[str, float], what: str
         run = Run(runs, name, arm, stage)
         run.watch(anchor)
         time.sleep(at - seen[anchor])
-        if run.process.poll() is None and not (again / folder / "adapter").exists():
+        if run.process.poll() is None and not (again / folder / ADAPTER).exists():
             run.kill(what)
             break
         run.end()
