@@ -65,7 +65,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/python -c 'from grpo_engage.base_models import ensure_policy; ensure_policy("nano")'
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_run.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_run.py tests/test_run_errors.py tests
 
 # The coverage of the intervals and two processes against one (a minute each), kill -9 at random moments (half an hour),
 # then the trainer's gradient by enumeration (long); leaves proofs/*.csv

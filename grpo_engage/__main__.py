@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import REPO_ROOT, read_json, say, write_json
-from .objective import ARMS, RIVAL_ARMS, trainable_arm
+from .objective import trainable_arm
 from .parameters import GRAPH_PARAMETERS, STAGES, load_preset, notebook_of, read_parameters, resolve_config
 from .runner import end_with, job_parameters, run_stage, stage_folder
 from .storage import check_writable
@@ -122,7 +122,7 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
         if not path.is_file():
             raise ValueError(f"--data {args.data}: there is no such file")
         overrides = ["data.source=file", f"data.data_path={path}", *overrides]
-    config = resolve_config(load_preset(args.preset), overrides, [*ARMS, *RIVAL_ARMS]) | {"preset": args.preset}
+    config = resolve_config(load_preset(args.preset), overrides) | {"preset": args.preset}
     for arm in config["arms"]:
         chosen = job_parameters(config, "train", arm).get("warm_start", "arm")
         if (origin := trainable_arm(arm, chosen).warm_start) not in ("base", *config["arms"]):

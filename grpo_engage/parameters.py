@@ -19,7 +19,7 @@ import papermill
 import yaml
 
 from .core import REPO_ROOT
-from .objective import RIVAL_ARMS
+from .objective import ARMS, RIVAL_ARMS
 
 # %% ../nbs/11_parameters.ipynb #c003
 # Stage -> the notebook that is its explanation, its source and what papermill runs; in the order of the data flow.
@@ -130,15 +130,16 @@ def _parse_override(text: str) -> tuple[list[str], str]:
     return name.split("."), value
 
 
-def resolve_config(preset: Mapping, overrides: Sequence[str] = (), arms_known: Sequence[str] = ()) -> dict:
+def resolve_config(preset: Mapping, overrides: Sequence[str] = ()) -> dict:
     """The complete settings of a run: arms, seeds, and each stage's parameters, defaults filled in and checked.
 
-    `preset` is a preset file's content; `overrides` are `name=value` texts. `arms_known` limits the arms, when given.
+    `preset` is a preset file's content; `overrides` are `name=value` texts.
     Returns a dict with `arms`, `seeds` and `stages`; `stages["train"]` maps each arm to its parameters.
 
     Raises: ValueError for an unknown stage, arm or parameter (with the nearest known one), for a value of the wrong
     type or range, and for a parameter that looks like a secret.
     """
+    arms_known = [*ARMS, *RIVAL_ARMS]
     declared = {stage: read_parameters(notebook_of(stage)) for stage in STAGES}
     graph = {"arms": Parameter("arms", "list", ["baseline", "grpo"], "the arms to train"),
              "n_seeds": Parameter("n_seeds", "int", 1, "training seeds per arm", 1, 1000),
@@ -179,7 +180,7 @@ def resolve_config(preset: Mapping, overrides: Sequence[str] = (), arms_known: S
             layers.append((path[0], ".".join(path[1:-1]), name, value))
     arms = values["arms"]
     for arm in arms:
-        if arms_known and arm not in arms_known:
+        if arm not in arms_known:
             raise ValueError(f"there is no arm {arm!r}{_nearest(str(arm), arms_known)}; known: {', '.join(arms_known)}")
     if not arms or len(set(arms)) != len(arms):
         raise ValueError(f"arms must be a list of different names, not {arms!r}")
@@ -199,7 +200,7 @@ def resolve_config(preset: Mapping, overrides: Sequence[str] = (), arms_known: S
         checked = check_value(declared[stage][name], value)
         if arm is None:
             stages[stage][name] = checked
-        elif stage == "train" and (arm in per_arm or arm in arms_known or arm in RIVAL_ARMS):
+        elif stage == "train" and arm in arms_known:
             per_arm.setdefault(arm, {})[name] = checked
         else:
             raise ValueError(f"there is no arm {arm!r} in stage {stage!r}{_nearest(arm, arms)}")

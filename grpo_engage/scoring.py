@@ -213,13 +213,16 @@ def summary_table(by_post: pd.DataFrame, n_boot: int, seed: int, rivals: Sequenc
     95% bootstrap intervals over conversations, training seed held fixed; n is the number of posts behind a value.
     warning: ceiling or floor, where Pass@k of every arm (`rivals` aside) lies above 0.95 or below 0.05.
     """
-    rows, notes = [], []
+    rows, notes, short = [], [], {}
     for (arm, train_seed, metric), group in by_post.groupby(["arm", "seed", "metric"], sort=False):
         result = _interval(group["value"], group["post"], n_boot, child_seed(seed, "bootstrap", metric))
         rows.append({"arm": arm, "seed": train_seed, "metric": metric} | result)
         if result["n"] < len(group):
-            notes.append(f"{arm} seed {train_seed}: {metric} could not be computed for {len(group) - result['n']} of "
-                         f"{len(group)} posts ({why_missing(metric)})")
+            lacking = f"{metric} could not be computed for {len(group) - result['n']} of {len(group)} posts"
+            short.setdefault(f"{lacking} ({why_missing(metric)})", []).append(f"{arm} seed {train_seed}")
+    everyone = len(by_post.drop_duplicates(["arm", "seed"]))
+    for lacking, arms in short.items():  # one note where it is the same everywhere
+        notes += [f"{arm}: {lacking}" for arm in (["every arm"] if len(arms) == everyone > 1 else arms)]
     table = pd.DataFrame(rows).assign(warning="")
     compared = table[table["metric"].str.startswith("pass@") & ~table["arm"].isin(rivals)]
     for metric, group in compared.groupby("metric", sort=False):

@@ -43,16 +43,17 @@ def training_path(run_dir: str | Path, trained: Sequence[tuple[str, int]], pairs
     """
     is_simulated = (pairs["source"] == "simulator").all()
     raw = {clean_text(tweet): tweet for tweet in pairs.loc[pairs["split"] == "validation", "tweet"]}
-    tables, judge = [], None
+    tables, watched = [], {}
     for arm, seed in trained:
         folder = Path(run_dir) / "train" / arm / f"seed{seed}"
-        if not (folder / "samples.parquet").exists():
-            continue
-        log, looks = pd.read_csv(folder / "train_log.csv"), pd.read_parquet(folder / "samples.parquet")
-        if "kl" not in log or log["kl"].isna().all():
-            continue
+        if (folder / "samples.parquet").exists():
+            log = pd.read_csv(folder / "train_log.csv")
+            if "kl" in log and log["kl"].notna().any():
+                watched[arm, seed] = log, pd.read_parquet(folder / "samples.parquet")
+    posts = sorted({raw[tweet] for _, looks in watched.values() for tweet in looks["tweet"]})
+    judge = model_judge(run_dir, pairs, posts) if posts else None
+    for (arm, seed), (log, looks) in watched.items():
         tweets, replies = [raw[tweet] for tweet in looks["tweet"]], looks["reply"].tolist()
-        judge = judge or model_judge(run_dir, pairs, sorted(raw.values()))  # posts are the same in all
         scores = {"training reward": looks["proxy"], "judge": judge(tweets, replies)}
         if is_simulated:
             scores["gold"] = gold_appeal(tweets, replies)

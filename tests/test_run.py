@@ -1,7 +1,5 @@
 """The whole path through the command line, Snakemake and papermill, at seconds-long size: done, changed, killed."""
 
-import gzip
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +10,6 @@ import psutil
 import pytest
 
 from grpo_engage.core import read_json
-from grpo_engage.simulator import simulate_pairs
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
         "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16",
@@ -142,39 +139,3 @@ def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("evaluation/metrics.csv", "train/grpo/seed0/train_log.csv", "train/baseline/seed0/train_log.csv"):
         assert (run_dir / name).read_bytes() == (finished[0] / name).read_bytes(), name
-
-
-def test_a_failing_cell_is_explained_and_the_next_run_resumes(runs, tmp_path):
-    path = tmp_path / "own.jsonl.gz"
-    rows = simulate_pairs(120, 5).drop(columns=["meta", "source"]).to_dict("records")
-    lonely = {row["conversation_id"]: row for row in rows}  # one reply to each post: nothing to compare
-    with gzip.open(path, "wt") as handle:
-        handle.writelines(json.dumps(row) + "\n" for row in lonely.values())
-    command = [*COMMAND, "--run", "own", "--data", str(path), "-p", "min_replies_per_post=1"]
-    done = call(runs, *command)
-    assert done.returncode == 1
-    assert "stage reward_model" in done.stderr and "cell" in done.stderr and "two replies" in done.stderr, done.stderr
-    assert len(done.stderr.splitlines()) < 12, done.stderr
-    assert read_json(runs / "own" / "reward_model" / "manifest.json")["status"] == "failed"
-    assert list((runs / "own" / "reward_model").glob("*.ipynb"))
-
-    with gzip.open(path, "wt") as handle:
-        handle.writelines(json.dumps(row) + "\n" for row in rows)
-        handle.write("{broken\n")
-    done = call(runs, *command[:4], "reward_model", *command[4:])
-    assert done.returncode == 0, done.stderr
-    assert read_json(runs / "own" / "reward_model" / "manifest.json")["status"] == "completed"
-    rejected = (runs / "own" / "data" / "rejected.csv").read_text().splitlines()
-    assert len(rejected) == 2 and rejected[1].startswith(f"{len(rows) + 1},")
-
-
-@pytest.mark.parametrize(("words", "message"), [
-    (["-p", "max_stps=3"], "did you mean 'max_steps'?"),
-    (["-p", "max_steps=three"], "must be of type int"),
-    (["-p", "temperature=nan"], "temperature"),
-    (["-p", "openai_api_key=x"], "looks like a secret"),
-    (["--run", "../elsewhere"], "is no name for a run"),
-])
-def test_what_a_user_gets_wrong_is_one_line(runs, words, message):
-    done = call(runs, *COMMAND, *words)
-    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
