@@ -116,7 +116,7 @@ TINY_POSTS = (("yes no", "no no yes"), ("no", "yes"))  # prompts and references 
 class EnumeratedTrainer(ReplyTrainer):
     """ReplyTrainer in float64 whose next completions are given, not sampled."""
 
-    row_weights = None
+    row_weights = weights = None
 
     def say_next(self, groups: Sequence[Sequence[tuple[int, ...]]], weights: Sequence[float] | None = None) -> None:
         """`groups` of token ids are the next completions; `weights`, one a group, multiply their gradients."""

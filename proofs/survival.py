@@ -170,6 +170,7 @@ def main() -> int:
     table = Path(__file__).with_name(f"survival_{args.processes}_processes.csv" if args.processes > 1
                                      else "survival.csv")
     runs = args.runs or Path(tempfile.mkdtemp(prefix="grpo_engage_survival_"))
+    runs.mkdir(parents=True, exist_ok=True)
     wrong = 0
     with open(table, "w", newline="") as handle:
         writer = csv.DictWriter(handle, COLUMNS, lineterminator="\n")

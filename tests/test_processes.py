@@ -18,7 +18,7 @@ specification.loader.exec_module(proof)
 
 def test_two_processes_compute_what_one_computes():
     """With a group that lies in both; rewards, credit of all three terms, clipping, and steps without groups."""
-    cases = ["all three, max_at_3, clipped", "supervised and diversity, groups every 2nd step"]
+    cases = ["supervised", "all three, max_at_3, clipped", "supervised and diversity, groups every 2nd step"]
     for row in proof.compare(cases):
         assert float(row.pop("weights_moved_by")) > 1e-3
         name = row.pop("case")
