@@ -6,6 +6,7 @@
 __all__ = ['ADVANTAGES', 'ReplyTrainer', 'Objective', 'group_advantage', 'max_at_k_advantage']
 
 # %% ../nbs/06_grpo_trainer.ipynb #c002
+from collections.abc import Callable
 from copy import copy
 
 import numpy as np
@@ -37,6 +38,22 @@ _STOCK = Objective(0.0, 1.0, 0.0)
 def _no_reward(completions: list, **_) -> list[float]:
     """Stands in where beta = 0: TRL wants a reward function; its numbers multiply 0 and are not logged."""
     return [0.0] * len(completions)
+
+
+class _EpochSampler(RepeatSampler):
+    """TRL's order of posts, which is drawn anew in each epoch, also for a run that goes on: TRL's own sampler begins
+    again with the first epoch's. `epoch` tells how many epochs are over."""
+
+    def __init__(self, epoch: Callable[[], int], *arguments, **named):
+        super().__init__(*arguments, **named)
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        return super().__iter__()
 
 
 class ReplyTrainer(GRPOTrainer):
@@ -101,11 +118,11 @@ class ReplyTrainer(GRPOTrainer):
                          **named)
 
     def _get_train_sampler(self, dataset=None):
-        if self.generates:
-            return super()._get_train_sampler(dataset)
-        return RepeatSampler(data_source=dataset if dataset is not None else self.train_dataset, mini_repeat_count=1,
-                             batch_size=self.args.generation_batch_size, shuffle=self.shuffle_dataset,
-                             repeat_count=self.num_iterations * self.args.steps_per_generation, seed=self.args.seed)
+        k = self.num_generations if self.generates else 1
+        return _EpochSampler(lambda: int(self.state.epoch or 0), dataset if dataset is not None else self.train_dataset,
+                             mini_repeat_count=k, batch_size=self.args.generation_batch_size // k,
+                             repeat_count=self.num_iterations * self.args.steps_per_generation,
+                             shuffle=self.shuffle_dataset, seed=self.args.seed)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)

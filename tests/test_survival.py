@@ -91,6 +91,24 @@ def test_kill_9_while_polychromic_trains(base, pairs, whole, tmp_path, capsys):
     goes_on(base, pairs, tmp_path / "run", whole, capsys, last)
 
 
+@pytest.mark.parametrize("objective", [Objective(1.0, 0.0, 0.0), Objective(0.0, 1.0, 0.0)])
+@pytest.mark.parametrize(("death", "last"), [(5, 4), (7, 6)])
+def test_a_resume_in_a_later_epoch_sees_the_same_posts(base, pairs, tmp_path, objective, death, last):
+    """Three steps are an epoch: checkpoint 4 lies within the second, 6 ends it."""
+    options = OPTIONS | dict(objective=objective, max_steps=8, save_steps=2, batch_size=4,
+                             reward=lambda posts, replies: [float(len(reply)) for reply in replies])
+    few = pairs.drop_duplicates("tweet").head(12 if objective.alpha else 6)
+    for name, callbacks in (("whole", []), ("cut", [At(death, die)])):
+        (tmp_path / name).mkdir()
+        try:
+            train_arm(base, few, tmp_path / name, **options, callbacks=callbacks)
+        except Killed:
+            pass
+    assert last == max(int(path.name.split("-")[1]) for path in (tmp_path / "cut" / "checkpoints").glob("*-*"))
+    train_arm(base, few, tmp_path / "cut", **options)
+    assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(base, pairs, cut, whole, tmp_path, capsys, name):
     shutil.copytree(cut, tmp_path / "run")
