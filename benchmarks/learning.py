@@ -32,6 +32,7 @@ from grpo_engage.learning_study import (
 from grpo_engage.objective import Objective
 from grpo_engage.policy import read_policy
 from grpo_engage.scoring import choose_tau
+from grpo_engage.statistics import holm
 
 METRICS = ("pass@1", "pass@10", "gold", "reward", "self_bleu", "distinct_2", "ead", "rouge_l", "nll", "kl", "length")
 SPLITS = ("validation", "test")
@@ -70,6 +71,21 @@ def gather(out: Path, settings: dict[str, Setting]) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
+def simplex_aim(compared: pd.DataFrame, mixtures: list[str], corners: list[str]) -> pd.DataFrame:
+    """Is a mixture's Pass@10 above that of every single term, each at the largest KL that both reach?
+
+    One row a mixture: the smallest difference, and the largest one-sided p-value over the single terms (all must hold,
+    so the largest counts), then Holm's over the mixtures.
+    """
+    own = compared[compared["at"].str.startswith("KL") & (compared["metric"] == "pass@10")
+                   & compared["setting"].isin(mixtures) & compared["versus"].isin(corners)].copy()
+    half = own["p_value"] / 2
+    own["above"] = half.where(own["difference"] > 0, 1 - half)
+    table = own.groupby("setting").agg(smallest_difference=("difference", "min"), p_above_all=("above", "max"),
+                                       single_terms=("versus", "size")).reset_index()
+    return table.assign(p_holm=holm(table["p_above_all"]))
+
+
 def report(out: Path, settings: dict[str, Setting], vocabulary: int) -> None:
     samples = gather(out, settings)
     last = {name: setting.options["max_steps"] for name, setting in settings.items()}
@@ -102,7 +118,9 @@ def report(out: Path, settings: dict[str, Setting], vocabulary: int) -> None:
         moved.groupby(["setting", "seed"])["step"].transform("nunique") > 1)
     moved = moved[ended]  # a seed that is still being trained has its start alone
     reached = moved.groupby(["setting", "seed", "step"])["kl"].mean().groupby(["setting", "seed"]).max()
-    for first, second in AT_DISTANCE:
+    corners = [name for name in settings if name.startswith("mix_") and name.count("0") == 2]
+    mixtures = [name for name in settings if name.startswith("mix_") and name not in corners]
+    for first, second in [*AT_DISTANCE, *((mixture, corner) for mixture in mixtures for corner in corners)]:
         if not {first, second} <= set(reached.index.get_level_values(0)):
             continue
         # the largest distance that every seed of both has reached
@@ -111,7 +129,10 @@ def report(out: Path, settings: dict[str, Setting], vocabulary: int) -> None:
         rows += [{"split": "validation", "at": f"KL {distance:.2f}"}
                  | compare_settings(at_distance(pair, distance, metric), first, second, metric)
                  for metric in METRICS if metric != "kl"]
-    write_csv(out / "comparisons.csv", pd.DataFrame(rows))
+    compared = pd.DataFrame(rows)
+    write_csv(out / "comparisons.csv", compared)
+    if mixtures:
+        write_csv(out / "simplex_aim.csv", simplex_aim(compared, mixtures, corners))
     curves = moved.groupby(["setting", "step"])[list(METRICS)].mean().reset_index()
     ternary = curves[curves["setting"].str.startswith("mix_") & (curves["step"] > 0)]
     savefig(plot_against_kl(curves[~curves["setting"].str.startswith("mix_")]), out / "figures" / "against_kl")
