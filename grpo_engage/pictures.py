@@ -74,7 +74,9 @@ def plot_forest(comparisons: pd.DataFrame, metrics: Sequence[str] = ("pass@1", "
         ticks[-row] = metric
     axes.axvline(0, color="0.5", lw=0.8, zorder=0)
     axes.set_yticks(list(ticks), list(ticks.values()))
-    axes.set(xlabel="difference from the baseline, 95% interval over posts and seeds")
+    unknown = chosen[["low", "high"]].isna().any(axis=None)
+    axes.set(xlabel="difference from the baseline, 95% interval over posts and seeds"
+             + ("\n(hollow: no interval, which takes two seeds and two conversations)" if unknown else ""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

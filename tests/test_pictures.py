@@ -37,7 +37,9 @@ def test_pictures_hold_the_numbers():
     assert np.allclose(lines["grpo"].get_ydata(), curve[curve["arm"] == "grpo"]["value"])
     table = pd.DataFrame({"arm": ["grpo", "hybrid"], "metric": "pass@1", "difference": [0.1, 0.2],
                           "low": [0.05, np.nan], "high": [0.2, np.nan]})
-    lines = plot_forest(table, ["pass@1"]).axes[0].lines
+    axes = plot_forest(table, ["pass@1"]).axes[0]
+    assert "hollow" in axes.get_xlabel() and "hollow" not in plot_forest(table.head(1), ["pass@1"]).axes[0].get_xlabel()
+    lines = axes.lines
     drawn = [tuple(line.get_xdata()) for line in lines]
     assert (0.05, 0.2) in drawn and (0.2,) in [tuple(x) for x in drawn]
     assert lines[drawn.index((0.2,))].get_markerfacecolor() == "none"  # no interval: hollow
