@@ -36,8 +36,9 @@ def served(model: Path, port: int, log: Path, seconds: float = 180):
                 try:
                     if httpx2.get(f"http://127.0.0.1:{port}/health").is_success:
                         break
-                except httpx2.TransportError:  # it is not listening yet
-                    time.sleep(0.5)
+                except httpx2.TransportError:
+                    pass  # it is not listening yet
+                time.sleep(0.5)
             else:
                 sys.exit(f"the server did not start:\n{log.read_text()[-2000:]}")
             yield
