@@ -141,7 +141,7 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, *, obje
 
 def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, *, objective: Objective,
               reward: Callable | None = None, reward_id: str = "", warm_start: Path | None = None, base_name: str = "",
-              **options) -> pd.DataFrame:
+              keep_checkpoints: bool = False, **options) -> pd.DataFrame:
     """Train a LoRA adapter for `objective`; write `folder`/adapter and `folder`/train_log.csv; return the log.
 
     base: folder or Hub id. examples: columns tweet and, for alpha > 0, reply (a reference). reward: for beta > 0,
@@ -152,7 +152,8 @@ def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, *, objecti
     inside L_grpo;
     gradient_accumulation, micro-batches of a step (0: as few as micro_batch_size allows); advantage_clip and max_k
     (0: none, K). watch: replies to look at on the way (notebook 05h); it changes nothing else.
-    Goes on from the last checkpoint of the same run with byte-identical results. Raises RewardError as soon as the
+    Goes on from the last checkpoint of the same run with byte-identical results; keep_checkpoints: also after training,
+    for a caller who has more to do and removes `folder`/checkpoints at the end of it. Raises RewardError as soon as the
     reward fails (at a checkpoint: the same call goes on once it is mended), FloatingPointError when loss or gradient is
     not finite, ValueError for what does not fit together, ImportError for a report without its package.
     """
@@ -168,7 +169,7 @@ def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, *, objecti
     trainer = make_trainer(base, data, folder, objective=objective, reward=reward, warm_start=warm_start, **options)
     trainer.add_callback(last_step := LastStep())
     try:
-        return run_trainer(trainer, folder, resume_from, base_name or str(base))
+        return run_trainer(trainer, folder, resume_from, base_name or str(base), keep_checkpoints)
     except RewardError:
         last_step.save(trainer)
         raise

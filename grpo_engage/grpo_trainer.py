@@ -124,6 +124,12 @@ class ReplyTrainer(GRPOTrainer):
                              repeat_count=self.num_iterations * self.args.steps_per_generation,
                              shuffle=self.shuffle_dataset, seed=self.args.seed)
 
+    def _run_epoch(self, *arguments, **named):
+        """Nothing, in a run that goes on after its last step, where transformers' Trainer would train one step more."""
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*arguments, **named)
+        self.control.should_training_stop = True
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         texts = [text if isinstance(text, str) else text[-1]["content"] for text in completions]

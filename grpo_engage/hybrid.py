@@ -7,6 +7,7 @@ __all__ = ['MIN_STEPS_TO_TELL', 'UnvalidatedReward', 'training_reward', 'pilot_v
            'ARMS', 'trainable_arm']
 
 # %% ../nbs/07_hybrid.ipynb #c002
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -161,16 +162,17 @@ def train_stage(
     reward_penalty: float = 0.0, allow_unvalidated_reward: bool = False, save_steps: int = 10,
     validation_replies: int = 48, watch_every: int = 10, watch_posts: int = 8, watch_replies: int = 4,
     report_to: str = "tensorboard", n_processes: int = 1, accelerate_config: str = "",
-    generation_engine: str = "transformers", vllm_memory: float = 0.3, seed: int = 0,
+    generation_engine: str = "transformers", vllm_memory: float = 0.3, keep_checkpoints: bool = False, seed: int = 0,
 ) -> pd.DataFrame:
     """Train `arm` with `seed`; write train/<arm>/seed<seed>/: adapter/, train_log.csv, verdict.json, and what was
     watched (watch.csv, samples.parquet, samples.html); return the log.
 
     Reads data/, policy/, reward_model/ and, for an arm with a warm start, that arm's adapter of the same seed. A run
-    that was killed goes on from its last checkpoint. For the parameters see the notebook's parameters cell.
+    that was killed goes on from its last checkpoint, which is there until the end (keep_checkpoints: also then). For
+    the parameters see the notebook's parameters cell.
     """
     run_dir = Path(run_dir)
-    parameters = {name: value for name, value in locals().items() if name != "run_dir"}
+    parameters = {name: value for name, value in locals().items() if name not in ("run_dir", "keep_checkpoints")}
     if phase_split not in ("same", "disjoint"):
         raise ValueError(f"phase_split must be same or disjoint, got {phase_split!r}")
     setting = trainable_arm(arm, warm_start)
@@ -226,6 +228,7 @@ def train_stage(
             batch_size=batch_size, micro_batch_size=micro_batch_size, gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=gradient_checkpointing, lora_rank=lora_r, save_steps=save_steps,
             seed=child_seed(seed, "train", arm), report_to=report_to, base_name=facts["name"], label=arm,
+            keep_checkpoints=True,
             **({"watch": watch} if n_processes == 1 else {}), **loading, **options)
         verdict = pilot_verdict(log) | {"heldout_nll": {
             "before": before, "after": _heldout_nll(base, folder / "adapter", loading, heldout),
@@ -235,6 +238,8 @@ def train_stage(
         if watch:
             savefig(watch_figure(pd.read_csv(folder / "watch.csv"), arm), folder / "figures" / "watch")
         manifest["verdict"] = verdict["text"]
+    if not keep_checkpoints:
+        shutil.rmtree(folder / "checkpoints")
     return log
 
 

@@ -27,7 +27,7 @@ STAGES = {"data": "02_data", "heuristic_reward": "03_heuristic_reward", "reward_
           "policy": "05_policy", "best_of_n": "05i_best_of_n", "train": "07_hybrid",
           "evaluation": "09_evaluation", "paper": "10_paper"}
 # What the runner sets itself, from the graph: never a preset's or a user's business.
-GRAPH_PARAMETERS = {"run_dir", "arm", "arms", "seeds", "preset"}
+GRAPH_PARAMETERS = {"run_dir", "arm", "arms", "seeds", "preset", "keep_checkpoints"}
 
 
 def notebook_of(stage: str) -> Path:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -107,7 +108,7 @@ def stage_folder(run_dir: Path, stage: str, arm: str = "", seed: int | None = No
 def job_parameters(config: dict, stage: str, arm: str = "", seed: int | None = None) -> dict:
     """What the notebook of a job receives, `run_dir` aside: checked parameters plus what the graph decides."""
     if stage == "train":
-        return config["stages"]["train"][arm] | {"arm": arm, "seed": seed}
+        return config["stages"]["train"][arm] | {"arm": arm, "seed": seed, "keep_checkpoints": True}
     extra = {"evaluation": {"arms": config["arms"], "seeds": config["seeds"]},
              "paper": {"arms": config["arms"], "seeds": config["seeds"], "preset": config["preset"]}}
     return config["stages"][stage] | extra.get(stage, {})
@@ -115,6 +116,8 @@ def job_parameters(config: dict, stage: str, arm: str = "", seed: int | None = N
 
 def run_stage(run_dir: Path, stage: str, arm: str = "", seed: int | None = None) -> None:
     """Execute one job of a run. On failure the job's manifest gets status `failed` and the error is raised.
+
+    Training leaves its checkpoints until then: of a job that is killed Snakemake removes all else that was trained.
 
     Raises: NotebookFailure; RuntimeError when the modules are not what the notebooks export.
     """
@@ -134,6 +137,8 @@ def run_stage(run_dir: Path, stage: str, arm: str = "", seed: int | None = None)
         write_json(path, record | {"status": "failed", "error": str(failure)})
         raise
     say(f"{label}: completed")
+    if stage == "train":
+        shutil.rmtree(folder / "checkpoints")
 
 # %% ../nbs/12_runner.ipynb #c021
 def end_with(process_id: int, every_seconds: float = 1.0) -> None:

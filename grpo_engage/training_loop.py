@@ -59,7 +59,8 @@ class ProgressLines(TrainerCallback):
         seconds = time.monotonic() - self.start
         done = state.global_step - self.first_step
         left = f", about {seconds / done * (state.max_steps - state.global_step):.0f} s left" if done else ""
-        say(f"{self.label}: step {state.global_step}/{state.max_steps}, {', '.join(shown)} after {seconds:.0f} s{left}")
+        reached = ", ".join([f"{self.label}: step {state.global_step}/{state.max_steps}", *shown])
+        say(f"{reached} after {seconds:.0f} s{left}")
         self.last = time.monotonic()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
@@ -183,11 +184,12 @@ def save_adapter(model, folder: Path, base_name: str, weights: Mapping | None = 
         write_json(temporary / "adapter_config.json", config)
 
 
-def run_trainer(trainer: Trainer, folder: Path, resume_from: str | None, base_name: str) -> pd.DataFrame:
+def run_trainer(trainer: Trainer, folder: Path, resume_from: str | None, base_name: str,
+                keep_checkpoints: bool = False) -> pd.DataFrame:
     """Train, going on from `resume_from`; leave `folder`/adapter and `folder`/train_log.csv; return the log.
 
-    The checkpoints are removed once both are written. Raises: OSError that says what to do when the disk is full or
-    may not be written.
+    The checkpoints are removed once both are written, unless they are to be kept. Raises: OSError that says what to do
+    when the disk is full or may not be written.
     """
     folder, accelerator = Path(folder), trainer.accelerator
     trainer.remove_callback(PrinterCallback)  # prints every step
@@ -200,6 +202,7 @@ def run_trainer(trainer: Trainer, folder: Path, resume_from: str | None, base_na
         if accelerator.is_main_process:
             save_adapter(accelerator.unwrap_model(trainer.model), folder / "adapter", base_name, weights)
             write_csv(folder / "train_log.csv", log)
-            shutil.rmtree(trainer.args.output_dir)
+            if not keep_checkpoints:
+                shutil.rmtree(trainer.args.output_dir)
         accelerator.wait_for_everyone()
     return log

@@ -136,15 +136,18 @@ class WatchReplies(TrainerCallback):
         if state.global_step and kept.exists():  # what was seen after the checkpoint will be seen again
             self.samples = pd.read_parquet(kept).query("step <= @state.global_step")
         seen = set() if self.samples.empty else set(self.samples["step"])
-        if state.global_step % self.watch.every == 0 and state.global_step not in seen:
+        if self._due(state) and state.global_step not in seen:
             self._look(state.global_step, logged=False)  # its step is logged already, or is none
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if state.global_step % self.watch.every == 0 or state.global_step == state.max_steps:
+        if self._due(state):
             try:
                 self._look(state.global_step)
             except RewardError as error:
                 self.failed = error  # raised once the step is logged
+
+    def _due(self, state) -> bool:
+        return state.global_step % self.watch.every == 0 or state.global_step == state.max_steps
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if self.failed:

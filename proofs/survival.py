@@ -1,10 +1,11 @@
 """`kill -9` at random moments of each arm's training, the same command again, and the same bytes.
 
 For each arm: an undisturbed run; then copies of what lay there before the arm, killed at moments drawn uniformly over
-the time that its training took, alternately the command (as when a machine goes down; nothing of it may live on) and
-the notebook's kernel alone (as when memory runs out). The same command is then given again. Compared with the
-undisturbed run, byte by byte: the adapter, its config, train_log.csv (which must hold each step once) and, for the last
-kill of each arm, evaluation/metrics.csv (`--metrics all`: after every kill).
+the time that its training took (0 to 1), and once over what its stage had to do after that (1 to 2); alternately the
+command (as when a machine goes down; nothing of it may live on) and the notebook's kernel alone (as when memory runs
+out). The same command is then given again. Compared with the undisturbed run, byte by byte: the adapter, its config,
+train_log.csv (which must hold each step once) and, for the last kill of each arm, evaluation/metrics.csv (`--metrics
+all`: after every kill).
 
     python proofs/survival.py      # everything through the command line -> proofs/survival.csv
     python proofs/survival.py --processes 2 --arms hybrid    # n_processes=2 -> proofs/survival_2_processes.csv
@@ -62,18 +63,20 @@ class Run:
                                             env=os.environ | {"GRPO_ENGAGE_RUNS": str(runs)})
 
     def events(self) -> list[str]:
-        """What has happened in training: "start", then the checkpoints that are there or were."""
+        """What has happened: "start", the checkpoints that are there, "adapter" (trained), "over" (the stage is)."""
         steps = sorted(int(path.name.split("-")[1]) for path in self.folder.glob("checkpoints/checkpoint-*")
                         if (path / "trainer_state.json").exists())
         started = (self.folder / "checkpoints" / "settings.json").exists()
-        return (["start"] if started else []) + [str(step) for step in steps]
+        trained = (self.folder / ADAPTER).exists()
+        return [*(["start"] if started else []), *map(str, steps), *(["adapter"] if trained else []),
+                *(["over"] if trained and not (self.folder / "checkpoints").exists() else [])]
 
     def watch(self, wanted: str | None = None) -> dict[str, float]:
         """Wait for an event (None: the end); every event with its time in seconds."""
         seen: dict[str, float] = {}
         while wanted not in seen:
             alive = self.process.poll() is None
-            for event in [*self.events(), *(["adapter"] if (self.folder / ADAPTER).exists() else [])]:
+            for event in self.events():
                 seen.setdefault(event, time.monotonic() - self.began)
             if not alive:
                 break
@@ -83,19 +86,21 @@ class Run:
     def end(self) -> int:
         return self.process.wait()
 
-    def kill(self, what: str) -> None:
+    def kill(self, what: str) -> bool:
+        """Whether there was still something to kill."""
         tree = psutil.Process(self.process.pid).children(recursive=True)
         if what == "command":
             self.process.send_signal(signal.SIGKILL)
         else:
             kernels = [child for child in tree if "ipykernel_launcher" in " ".join(child.cmdline())]
-            if len(kernels) != 1:
-                raise RuntimeError(f"{len(kernels)} kernels at work, expected one")
+            if not kernels:
+                return False
             kernels[0].send_signal(signal.SIGKILL)
         code = self.end()
         _, alive = psutil.wait_procs(tree, timeout=60)
         if alive or code == 0:
             raise RuntimeError(f"after the kill of the {what}: exit code {code}, still alive {alive}")
+        return True
 
 
 def copied(source: Path, target: Path, arm: str) -> None:
@@ -123,20 +128,20 @@ def killed(runs: Path, arm: str, source: Path, seen: dict[str, float], what: str
     for _ in range(5):
         copied(source, again, arm)
         (runs / f"{name}.log").unlink(missing_ok=True)
-        at = seen["start"] + moment * (seen["adapter"] - seen["start"])
+        begin, end = ("start", "adapter") if moment < 1 else ("adapter", "over")
+        at = seen[begin] + moment % 1 * (seen[end] - seen[begin])
         anchor = max((event for event in seen if seen[event] <= at), key=seen.get)
         run = Run(runs, name, arm, stage)
         run.watch(anchor)
         time.sleep(at - seen[anchor])
-        if run.process.poll() is None and not (again / folder / ADAPTER).exists():
-            run.kill(what)
+        if run.process.poll() is None and end not in run.events() and run.kill(what):
             break
         run.end()
-        say(f"{arm}: training was over before the kill; once more, at half the time")
-        moment = moment / 2
+        say(f"{arm}: it was over before the kill; once more, at half the time")
+        moment -= moment % 1 / 2
     else:
-        raise RuntimeError("training was always over before the kill")
-    last = max([int(event) for event in run.events() if event != "start"], default=0)
+        raise RuntimeError("it was always over before the kill")
+    last = max([int(event) for event in run.events() if event.isdigit()], default=0)
     run.log.unlink()
     start = time.monotonic()
     if (run := Run(runs, name, arm, stage)).end():
@@ -148,7 +153,8 @@ def killed(runs: Path, arm: str, source: Path, seen: dict[str, float], what: str
         return "yes" if (whole / path).read_bytes() == (again / path).read_bytes() else "no"
 
     steps = pd.read_csv(again / folder / "train_log.csv")["step"].tolist()
-    return {"arm": arm, "killed": what, "moment": f"{moment:.2f}", "steps_at_kill": f"{last}-{last + SAVE_STEPS[arm]}",
+    return {"arm": arm, "killed": what, "moment": f"{moment:.2f}",
+            "steps_at_kill": f"{last}-{min(last + SAVE_STEPS[arm], STEPS[arm])}",
             "resumed_from": resumed[-1] if resumed else "0",
             "identical": "yes" if {same(str(folder / part)) for part in COMPARED} == {"yes"} else "no",
             "each_step_once": "yes" if steps == list(range(1, STEPS[arm] + 1)) else "no",
@@ -160,7 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: a temporary one, removed at the end)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--kills", type=int, default=3, help="random moments for each arm")
+    parser.add_argument("--kills", type=int, default=3, help="random moments while each arm trains")
     parser.add_argument("--metrics", choices=("last", "all"), default="last")
     parser.add_argument("--processes", type=int, default=1, help="n_processes of the training stage")
     parser.add_argument("--seed", type=int, default=0)
@@ -182,7 +188,8 @@ def main() -> int:
             base = base or runs / f"{arm}-whole"
             if arm not in args.arms:
                 continue
-            moments = np.random.default_rng([args.seed, list(ARMS).index(arm)]).random(args.kills)
+            moments = np.random.default_rng([args.seed, list(ARMS).index(arm)]).random(args.kills + 1)
+            moments[-1] += 1
             for number, moment in enumerate(moments):
                 what = ("command", "kernel")[(place + number) % 2]
                 stage = "evaluation" if args.metrics == "all" or number == len(moments) - 1 else "train"

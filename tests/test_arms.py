@@ -1,5 +1,7 @@
 """What the training stage makes of its settings: phases, warm starts, the pass indicator, and the strategy's list."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -168,3 +170,32 @@ def test_presets_follow_the_strategy_where_the_model_is_large():
         assert replies % 8 == 0
     smoke = resolve_config(load_preset("smoke"))["stages"]["train"]
     assert all(smoke[arm]["watch_every"] and smoke[arm]["report_to"] == "tensorboard" for arm in smoke)
+
+
+def test_a_kill_between_training_and_the_end_of_its_stage(run_dir, tmp_path, monkeypatch, capsys):
+    """Snakemake then removes the adapter of the unfinished stage; what was trained is not trained again."""
+    def stage(run, **more):
+        shutil.copytree(run_dir, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train"))  # needs no arm before
+        hybrid.train_stage(run, arm="polychromic", reward="heuristic", report_to="none", max_steps=3, posts_per_step=2,
+                           num_generations=2, gradient_accumulation=0, max_new_tokens=6, watch_posts=2, watch_replies=1,
+                           validation_replies=2, **more)
+        return run / "train" / "polychromic" / "seed0"
+
+    def die(log):
+        raise Killed
+
+    whole = stage(tmp_path / "whole")
+    assert not (whole / "checkpoints").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(hybrid, "pilot_verdict", die)
+        with pytest.raises(Killed):
+            stage(tmp_path / "cut", keep_checkpoints=True)
+    cut = tmp_path / "cut" / "train" / "polychromic" / "seed0"
+    shutil.rmtree(cut / "adapter")
+    (cut / "train_log.csv").unlink()
+    capsys.readouterr()
+    stage(tmp_path / "cut", keep_checkpoints=True)
+    assert "polychromic: goes on after step 3" in capsys.readouterr().out
+    for name in ("adapter", "train_log.csv", "watch.csv", "samples.parquet", "samples.html", "verdict.json"):
+        assert file_sha256(cut / name) == file_sha256(whole / name), name
+    assert (cut / "checkpoints" / "checkpoint-3").exists()

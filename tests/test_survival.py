@@ -12,9 +12,10 @@ import time
 import pytest
 from transformers import TrainerCallback
 
+from grpo_engage import runner
 from grpo_engage.__main__ import main
 from grpo_engage.arm_training import train_arm
-from grpo_engage.core import REPO_ROOT, file_sha256
+from grpo_engage.core import REPO_ROOT, file_sha256, write_json
 from grpo_engage.objective import Objective
 from grpo_engage.storage import check_writable
 
@@ -39,6 +40,21 @@ class At(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.action()
+
+
+class AtTheEnd(TrainerCallback):
+    """After the last step and its checkpoint, before the adapter is saved."""
+
+    def on_train_end(self, *_, **__):
+        raise Killed
+
+
+class Count(TrainerCallback):
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_begin(self, *_, **__):
+        self.steps += 1
 
 
 class Killed(Exception):
@@ -107,6 +123,42 @@ def test_a_resume_in_a_later_epoch_sees_the_same_posts(base, pairs, tmp_path, ob
     assert last == max(int(path.name.split("-")[1]) for path in (tmp_path / "cut" / "checkpoints").glob("*-*"))
     train_arm(base, few, tmp_path / "cut", **options)
     assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("max_steps", [5, 6])
+@pytest.mark.parametrize("objective", [Objective(1.0, 0.0, 0.0), Objective(0.0, 1.0, 0.0)])
+def test_a_kill_after_the_last_step_trains_nothing_again(base, pairs, tmp_path, objective, max_steps, capsys):
+    """Three steps are an epoch: step 5 lies within the second, 6 ends it."""
+    options = OPTIONS | dict(objective=objective, max_steps=max_steps, batch_size=4,
+                             reward=lambda posts, replies: [float(len(reply)) for reply in replies])
+    few = pairs.drop_duplicates("tweet").head(12 if objective.alpha else 6)
+    train_arm(base, few, tmp_path / "whole", **options)
+    with pytest.raises(Killed):
+        train_arm(base, few, tmp_path / "cut", **options, callbacks=[AtTheEnd()])
+    log = train_arm(base, few, tmp_path / "cut", **options, callbacks=[count := Count()])
+    assert f"goes on after step {max_steps}" in capsys.readouterr().out
+    assert count.steps == 0 and log["step"].tolist() == list(range(1, max_steps + 1))
+    assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")
+
+
+def test_the_checkpoints_of_a_job_go_when_it_is_over_and_not_before(tmp_path, monkeypatch):
+    folder = tmp_path / "train" / "grpo" / "seed0"
+    write_json(tmp_path / "config.json", {"stages": {"train": {"grpo": {"max_steps": 3}}}})
+
+    def execute(notebook, executed, parameters, label):
+        assert parameters["keep_checkpoints"] and parameters["max_steps"] == 3
+        (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True, exist_ok=True)
+        if fails:
+            raise runner.NotebookFailure("no")
+
+    monkeypatch.setattr(runner, "execute_notebook", execute)
+    fails = True
+    with pytest.raises(runner.NotebookFailure):
+        runner.run_stage(tmp_path, "train", "grpo", 0)
+    assert (folder / "checkpoints" / "checkpoint-3").exists()
+    fails = False
+    runner.run_stage(tmp_path, "train", "grpo", 0)
+    assert not (folder / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])

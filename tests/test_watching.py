@@ -185,17 +185,18 @@ def test_a_run_goes_on_once_its_reward_is_mended(base, pairs, watch, watched, tm
     assert file_sha256(tmp_path) == file_sha256(watched[0])
 
 
-def test_a_watched_score_that_raises_stops_at_a_checkpoint_too(base, pairs, watch, watched, tmp_path):
+@pytest.mark.parametrize(("looks", "step"), [(1, 3), (2, 4)])  # the last step is looked at though it is no third one
+def test_a_watched_score_that_raises_stops_at_a_checkpoint_too(base, pairs, watch, watched, tmp_path, looks, step):
     def faulty(tweets, replies):
-        if looked:
+        if len(looked) == looks:
             raise ZeroDivisionError("no judge")
         looked.append(1)
         return longer(tweets, replies)
 
     looked = []
-    with pytest.raises(RewardError, match="watched judge raised ZeroDivisionError: no judge .step 3"):
+    with pytest.raises(RewardError, match=f"watched judge raised ZeroDivisionError: no judge .step {step}"):
         hybrid(base, pairs, tmp_path, watch=replace(watch, judge=faulty))
-    assert (tmp_path / "checkpoints" / "checkpoint-3").exists()
+    assert (tmp_path / "checkpoints" / f"checkpoint-{step}").exists()
     hybrid(base, pairs, tmp_path, watch=watch)
     assert file_sha256(tmp_path) == file_sha256(watched[0])
 
