@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -248,9 +249,11 @@ ARM_COLOURS = {"base": "#999999", "baseline": "#0072B2", "polychromic": "#009E73
 
 
 def style() -> None:
-    """Set the project's seaborn theme for all figures that follow."""
+    """Set the project's seaborn theme for all figures that follow; in a notebook, let them be shown."""
     import seaborn
 
+    if "ipykernel" in sys.modules:  # without this backend a Figure that pyplot did not make is shown as a line of text
+        import matplotlib_inline.backend_inline  # noqa: F401
     seaborn.set_theme(context="paper", style="ticks", palette="colorblind",
                       rc={"pdf.fonttype": 42, "ps.fonttype": 42, "figure.dpi": 110, "savefig.bbox": "tight",
                           "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})

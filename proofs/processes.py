@@ -71,8 +71,9 @@ def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str =
         return [(7 * sum(ids) + len(ids)) % 9 / 8 for ids in completion_ids]
 
     own = REPLIES // world_size()
+    folder = tempfile.TemporaryDirectory(prefix="grpo_engage_proof_")  # gone when this function ends
     arguments = GRPOConfig(
-        tempfile.mkdtemp(prefix="grpo_engage_proof_"), max_steps=STEPS, num_generations=k,
+        folder.name, max_steps=STEPS, num_generations=k,
         learning_rate=0.3 if optim == "sgd" else 0.01,
         per_device_train_batch_size=own // accumulation, gradient_accumulation_steps=accumulation,
         max_completion_length=3, bf16=False, use_cpu=True, gradient_checkpointing=False, loss_type=loss_type,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import psutil
 import pytest
 
@@ -57,6 +58,17 @@ def test_a_run_leaves_notebook_manifest_and_tidy_files(finished):
     header = (run_dir / "evaluation" / "metrics.csv").read_text().splitlines()[0]
     assert header == "arm,seed,metric,value,ci_low,ci_high,n,warning"
     assert "loss" in done.stdout and "reward" in done.stdout  # the plain answer at the end
+
+
+def test_every_figure_of_an_executed_notebook_is_a_picture(finished):
+    run_dir, _ = finished
+    shown = {}
+    for path in run_dir.rglob("*.ipynb"):
+        data = [output.get("data", {}) for cell in nbformat.read(path, as_version=4).cells
+                for output in cell.get("outputs", ())]
+        assert [entry for entry in data if "<Figure" in entry.get("text/plain", "") and "image/png" not in entry] == []
+        shown[path.stem] = sum("image/png" in entry for entry in data)
+    assert shown["07_hybrid"] == 2 and shown["09_evaluation"] >= 2, shown
 
 
 def test_the_log_is_no_flood(finished):
