@@ -8,7 +8,6 @@ __all__ = ['REPO_ROOT', 'SPLITS', 'ARM_COLOURS', 'models_dir', 'child_seed', 'at
            'device_and_dtype', 'style', 'savefig']
 
 # %% ../nbs/00_core.ipynb #c002
-import atexit
 import contextlib
 import hashlib
 import json
@@ -23,6 +22,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pandas as pd
@@ -227,7 +227,8 @@ def demo_run_dir(run_dir: str | Path = "") -> Path:
     if str(run_dir):
         return Path(run_dir)
     folder = tempfile.mkdtemp(prefix="grpo_engage_demo_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # not atexit: the worker processes in which nbdev_test executes notebooks end without it
+    Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=0)
     return Path(folder)
 
 

@@ -135,6 +135,7 @@ class WatchReplies(TrainerCallback):
         kept = self.folder / "samples.parquet"
         if state.global_step and kept.exists():  # what was seen after the checkpoint will be seen again
             self.samples = pd.read_parquet(kept).query("step <= @state.global_step")
+        self.trainer.accelerator.wait_for_everyone()  # the first process is about to write what all have to read
         seen = set() if self.samples.empty else set(self.samples["step"])
         if self._due(state) and state.global_step not in seen:
             self._look(state.global_step, logged=False)  # its step is logged already, or is none

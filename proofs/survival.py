@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from grpo_engage.core import say
+from grpo_engage.core import read_json, say
 from grpo_engage.objective import ARMS
 
 # the baseline's steps take so little time that ten would be over before anybody could kill them
@@ -98,6 +98,8 @@ class Run:
             kernels[0].send_signal(signal.SIGKILL)
         code = self.end()
         _, alive = psutil.wait_procs(tree, timeout=60)
+        if code == 0 and read_json(self.folder / "manifest.json")["status"] == "completed":
+            return False  # the notebook had ended, and its kernel was about to
         if alive or code == 0:
             raise RuntimeError(f"after the kill of the {what}: exit code {code}, still alive {alive}")
         return True

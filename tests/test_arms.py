@@ -99,6 +99,15 @@ def test_the_same_posts_are_watched_in_every_arm_and_seed_and_none_is_trained_on
     assert first.seed != stage(arm="baseline", seed=1)["watch"].seed
 
 
+def test_an_arm_that_is_not_watched_keeps_no_other_runs_looks(stage, run_dir):
+    left = run_dir / "train" / "grpo" / "seed0" / "watch.csv"
+    write_json(left, "an earlier run's")
+    stage(arm="grpo")
+    assert left.exists()  # its own looks, if it goes on after a kill
+    stage(arm="grpo", watch_every=0)
+    assert not left.exists()
+
+
 def test_the_judge_of_real_posts_gives_the_probability_of_beating_their_real_replies(tmp_path, monkeypatch):
     class Model:
         def logits(self, tweets, replies):

@@ -127,3 +127,17 @@ def test_license_and_readme_show_the_two_commands():
     readme = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
     assert "make paper" in readme and "make test" in readme
     assert "Apache License" in (REPO_ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_a_demonstration_leaves_no_folder_behind():
+    """Neither in a process of its own, as a kernel is, nor in a worker, as nbdev_test has."""
+    program = ("from multiprocessing import get_context\n"
+               "from grpo_engage.core import demo_run_dir\n"
+               "def show(): print(demo_run_dir(), flush=True)\n"
+               "show()\n"
+               "worker = get_context('fork').Process(target=show)\n"
+               "worker.start()\n"
+               "worker.join()\n")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    folders = [Path(line) for line in done.stdout.split()]
+    assert len(set(folders)) == 2 and [path for path in folders if path.exists()] == []

@@ -1,12 +1,14 @@
 """The whole path through the command line, Snakemake and papermill, at seconds-long size: done, changed, killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 
@@ -69,6 +71,19 @@ def test_every_figure_of_an_executed_notebook_is_a_picture(finished):
         assert [entry for entry in data if "<Figure" in entry.get("text/plain", "") and "image/png" not in entry] == []
         shown[path.stem] = sum("image/png" in entry for entry in data)
     assert shown["07_hybrid"] == 2 and shown["09_evaluation"] >= 2, shown
+
+
+def test_training_in_two_processes_is_a_parameter(runs, finished):
+    shutil.copytree(finished[0], runs / "processes", ignore=shutil.ignore_patterns("train"))
+    done = call(runs, *arguments("processes", "-p", "arms=[baseline]", "-p", "n_processes=2", "--", "train"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "baseline: 2 processes start" in done.stdout
+    folder = runs / "processes" / "train" / "baseline" / "seed0"
+    assert pd.read_csv(folder / "train_log.csv")["step"].tolist() == [1, 2, 3]
+    looks = pd.read_csv(folder / "watch.csv")
+    assert looks["step"].tolist() == [0, 3]  # nothing was trained before the first one: it is that of one process
+    assert looks[:1].equals(pd.read_csv(finished[0] / "train" / "baseline" / "seed0" / "watch.csv")[:1])
+    assert not (folder / "checkpoints").exists() and not (folder / "processes").exists()
 
 
 def test_the_log_is_no_flood(finished):
