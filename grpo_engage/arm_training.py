@@ -87,7 +87,7 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, *, obje
                  vllm_memory: float = 0.3) -> ReplyTrainer:
     """The trainer of `train_arm`, not yet run; see there."""
     quiet_libraries()
-    report_settings, reporters = reporting(report_to, folder, label)
+    report_settings, reporters = reporting(report_to, folder)
     generates = bool(objective.beta or objective.lam)
     engine = {}  # vLLM in the training processes ("colocate"); it gets the merged weights at every step
     if generation_engine == "vllm" and generates:

@@ -212,10 +212,11 @@ class TensorBoard(TensorBoardCallback):
         super().on_train_begin(args, state, control, **kwargs)
 
 
-def reporting(report_to: str, folder: Path, label: str) -> tuple[dict, list[TrainerCallback]]:
-    """TrainingArguments and callbacks that report to `report_to`, one of REPORTS; files go to `folder`.
+def reporting(report_to: str, folder: Path) -> tuple[dict, list[TrainerCallback]]:
+    """TrainingArguments and callbacks that report to `report_to`, one of REPORTS, under a name that ends with `folder`.
 
-    Raises: ValueError for another name, ImportError when its package is not installed, naming it.
+    Files go to `folder`; trackio has one place for all runs ($TRACKIO_DIR, else a cache) and goes on with a run that
+    has the same name. Raises: ValueError for another name, ImportError when its package is not installed, naming it.
     """
     if report_to not in REPORTS:
         raise ValueError(f"report_to must be one of {', '.join(REPORTS)}, got {report_to!r}")
@@ -227,4 +228,5 @@ def reporting(report_to: str, folder: Path, label: str) -> tuple[dict, list[Trai
     if report_to == "wandb":
         for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(folder), "WANDB_PROJECT": "grpo_engage"}.items():
             os.environ.setdefault(name, value)
-    return {"report_to": report_to, "run_name": label, "project": "grpo_engage", "trackio_static_space_id": False}, []
+    name = "-".join(Path(folder).resolve().parts[-4:])  # run, stage, arm and seed; a label alone is that of every seed
+    return {"report_to": report_to, "run_name": name, "project": "grpo_engage", "trackio_static_space_id": False}, []

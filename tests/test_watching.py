@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -248,19 +251,34 @@ def test_a_report_without_its_package_says_so(package, tmp_path, base, pairs):
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_a_report_with_its_package_stays_on_this_machine(package, tmp_path, base, pairs, monkeypatch):
+def test_a_report_with_its_package_stays_on_this_machine(package, tmp_path):
+    """In a process of its own, since trackio reads its settings when it is imported."""
     pytest.importorskip(package)
-    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    train_supervised(base, pairs, tmp_path, max_steps=1, learning_rate=1e-3, batch_size=4, report_to=package)
-    assert list(tmp_path.glob("wandb/offline-run-*" if package == "wandb" else "trackio/*"))
+    program = ("import sys\n"
+               "from pathlib import Path\n"
+               "from grpo_engage.arm_training import train_supervised\n"
+               "from grpo_engage.base_models import ensure_policy\n"
+               "from grpo_engage.simulator import simulate_pairs\n"
+               "train_supervised(ensure_policy('nano'), simulate_pairs(30, seed=8)[['tweet', 'reply']], Path(sys.argv[1]),\n"
+               "                 max_steps=1, learning_rate=1e-3, batch_size=4, report_to=sys.argv[2])\n")
+    unset = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "seed0"), package], check=True,
+                   env=unset | {"TRACKIO_DIR": str(tmp_path / "trackio")})
+    assert list(tmp_path.glob("seed0/wandb/offline-run-*" if package == "wandb" else "trackio/grpo_engage*.db"))
+
+
+def test_every_arm_and_seed_reports_under_a_name_of_its_own(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    names = [reporting("trackio", f"runs/{run}/train/{arm}/seed{seed}")[0]["run_name"]
+             for run in "ab" for arm in ("baseline", "grpo") for seed in (0, 1)]
+    assert names[:3] == ["a-train-baseline-seed0", "a-train-baseline-seed1", "a-train-grpo-seed0"]
+    assert len(set(names)) == 8
 
 
 def test_reports_are_settings():
-    assert reporting("none", ".", "x")[0]["report_to"] == "none"
+    assert reporting("none", ".")[0]["report_to"] == "none"
     with pytest.raises(ValueError, match="none, tensorboard, wandb, trackio"):
-        reporting("mlflow", ".", "x")
+        reporting("mlflow", ".")
 
 
 def test_four_bits_and_fast_attention_say_what_they_need(base):
