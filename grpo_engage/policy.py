@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from . import data
-from .base_models import ensure_policy, quiet_libraries
+from .base_models import ensure_policy, explained_loading, quiet_libraries
 from grpo_engage.core import (
     child_seed,
     device_and_dtype,
@@ -129,15 +129,15 @@ def load_policy(path: str | Path, quantization: str = "none", attention: str = "
                 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (in eval mode, on the best device, in the dtype that suits it) and tokenizer (left-padding) of `path`.
 
-    quantization: "none" or "4bit"; attention: one of ATTENTION. Raises: see `loading_settings`.
+    quantization: "none" or "4bit"; attention: one of ATTENTION. Raises: see `loading_settings` and `explained_loading`.
     """
     quiet_libraries()
     extra = loading_settings(quantization, attention)
     device, dtype = device_and_dtype()
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra)
+    with explained_loading(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if "device_map" not in extra:
         model = model.to(device)
     return model.eval(), tokenizer
@@ -155,7 +155,7 @@ def load_adapted(path: str | Path, adapter: Path, *, trainable: bool = False, qu
     adapted.peft_config["default"].base_model_name_or_path = str(path)
     return adapted, tokenizer
 
-# %% ../nbs/05_policy.ipynb #c014
+# %% ../nbs/05_policy.ipynb #c015
 class _SampledLogProbs(LogitsProcessor):
     """Temperature and nucleus as transformers applies them, and the log-probability of each token that is drawn.
 
@@ -226,7 +226,7 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     model.train(was_training)
     return pd.DataFrame(rows, columns=["post", "sample", "text", "n_tokens", "finish_reason", "log_prob"])
 
-# %% ../nbs/05_policy.ipynb #c017
+# %% ../nbs/05_policy.ipynb #c018
 def reply_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets: Sequence[str],
               replies: Sequence[str], batch_size: int = 16) -> pd.DataFrame:
     """NLL of each reply given its post: columns nll (nats, summed over its tokens and the end token) and n_tokens.
@@ -260,7 +260,7 @@ def reply_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets
     model.train(was_training)
     return pd.DataFrame(rows, columns=["nll", "n_tokens"])
 
-# %% ../nbs/05_policy.ipynb #c025
+# %% ../nbs/05_policy.ipynb #c026
 def loading_options(facts: Mapping) -> dict[str, str]:
     """quantization and attention of a run, from its policy.json: options of load_policy and load_adapted."""
     return {name: facts[name] for name in ("quantization", "attention") if name in facts}

@@ -259,8 +259,9 @@ def test_a_report_with_its_package_stays_on_this_machine(package, tmp_path):
                "from grpo_engage.arm_training import train_supervised\n"
                "from grpo_engage.base_models import ensure_policy\n"
                "from grpo_engage.simulator import simulate_pairs\n"
-               "train_supervised(ensure_policy('nano'), simulate_pairs(30, seed=8)[['tweet', 'reply']], Path(sys.argv[1]),\n"
-               "                 max_steps=1, learning_rate=1e-3, batch_size=4, report_to=sys.argv[2])\n")
+               "pairs = simulate_pairs(30, seed=8)[['tweet', 'reply']]\n"
+               "train_supervised(ensure_policy('nano'), pairs, Path(sys.argv[1]), max_steps=1, learning_rate=1e-3,\n"
+               "                 batch_size=4, report_to=sys.argv[2])\n")
     unset = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "seed0"), package], check=True,
                    env=unset | {"TRACKIO_DIR": str(tmp_path / "trackio")})
