@@ -67,7 +67,7 @@ def pass_at_k(n: npt.ArrayLike, c: npt.ArrayLike, k: npt.ArrayLike) -> float | n
     result = 1.0 - all_fail
     return float(result) if result.ndim == 0 else result
 
-# %% ../nbs/05d_metrics.ipynb #c020
+# %% ../nbs/05d_metrics.ipynb #c022
 BLEU_ORDER = 4
 BLEU_EPSILON = 0.1
 
@@ -137,7 +137,7 @@ def self_bleu(texts: Sequence[str]) -> float:
     brevity = np.minimum(1 - np.array(_closest_other_length(lengths)) / np.array(lengths), 0.0)
     return float(np.mean(np.where(shares_a_word, np.exp(brevity + log_precision / effective), 0.0)))
 
-# %% ../nbs/05d_metrics.ipynb #c028
+# %% ../nbs/05d_metrics.ipynb #c030
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Different n-grams divided by all n-grams of `texts` together, in (0, 1]; 1 when none repeats (Li et al. 2016).
 
@@ -150,7 +150,7 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
         pooled.update(ngrams(words(text), n))
     return len(pooled) / pooled.total() if pooled else math.nan
 
-# %% ../nbs/05d_metrics.ipynb #c031
+# %% ../nbs/05d_metrics.ipynb #c033
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence, bit-parallel (Hyyrö 2004, Bit-parallel LCS-length computation)."""
     positions: dict = {}
