@@ -160,7 +160,8 @@ def resolve_config(preset: Mapping, overrides: Sequence[str] = ()) -> dict:
             layers += plain + of_arms
         elif key != "description":
             raise ValueError(f"the preset has an unknown key {key!r}{_nearest(key, [*graph, *STAGES])}")
-    for text in overrides:
+    # `arms` and the like first: which arms a name without one is for must not depend on the order
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0] not in graph):
         path, value = _parse_override(text)
         name = path[-1]
         refuse_secret(".".join(path))

@@ -56,12 +56,12 @@ def explained_writing(folder: Path) -> Iterator[None]:
 
 # %% ../nbs/00a_storage.ipynb #c008
 def check_writable(folder: Path) -> None:
-    """Make `folder` and write a byte there. Raises: OSError that names folder, cause and remedy."""
+    """Make `folder` and write a little there. Raises: OSError that names folder, cause and remedy."""
     with explained_writing(folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=folder, prefix=".writable.")
         try:
-            os.write(handle, b"x")
+            os.write(handle, bytes(100_000))  # about an executed notebook; one byte fits on a disk that is full
         finally:
             os.close(handle)
             os.unlink(name)
