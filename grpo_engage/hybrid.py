@@ -7,6 +7,7 @@ __all__ = ['MIN_STEPS_TO_TELL', 'WATCHED', 'UnvalidatedReward', 'training_reward
            'training_watch', 'train_stage', 'demo', 'ARMS', 'trainable_arm']
 
 # %% ../nbs/07_hybrid.ipynb #c002
+import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -153,8 +154,9 @@ def training_watch(run_dir: str | Path, *, posts: int, reward: dict, every: int,
     pairs = load_pairs(Path(run_dir))
     chosen = watched_posts(pairs, posts)
     proxy = proxy or training_reward(**reward | {"allow_unvalidated": True})[0]
+    scored_by = json.dumps({name: value for name, value in reward.items() if name != "run_dir"})
     return Watch(chosen, proxy, training_judge(Path(run_dir), pairs, chosen), every, replies, max_new_tokens,
-                 temperature, seed)
+                 temperature, seed, scored_by)
 
 
 def _half(examples: pd.DataFrame, second: bool) -> pd.DataFrame:

@@ -9,9 +9,11 @@ __all__ = ['SCORES', 'REPORTS', 'watched_posts', 'model_judge', 'training_judge'
 # %% ../nbs/05h_watching.ipynb #c002
 import contextlib
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +109,8 @@ def parting(samples: pd.DataFrame, level: float = 0.01) -> str:
 class Watch:
     """What is looked at: `replies` to each of `posts` every `every` steps, before the first and after the last.
 
-    proxy, judge: (tweets, replies) -> (n,), finite. temperature and max_new_tokens: of sampling; seed: of its stream.
+    proxy, judge: (tweets, replies) -> (n,), finite; scored_by: names them. temperature and max_new_tokens: of sampling;
+    seed: of its stream.
     """
 
     posts: Sequence[str]
@@ -118,6 +121,12 @@ class Watch:
     max_new_tokens: int = 28
     temperature: float = 1.0
     seed: int = 0
+    scored_by: str = ""
+
+    def digest(self) -> str:
+        """Tells looks apart that cannot be set side by side; how often there is one does not matter."""
+        named = [list(self.posts), self.replies, self.max_new_tokens, self.temperature, self.seed, self.scored_by]
+        return sha256(json.dumps(named).encode()).hexdigest()[:16]
 
 
 class WatchReplies(TrainerCallback):
@@ -135,6 +144,10 @@ class WatchReplies(TrainerCallback):
         kept = self.folder / "samples.parquet"
         if state.global_step and kept.exists():  # what was seen after the checkpoint will be seen again
             self.samples = pd.read_parquet(kept).query("step <= @state.global_step")
+            if self.samples.attrs != {"watch": self.watch.digest()}:
+                self.samples = pd.DataFrame()
+                if state.is_world_process_zero:
+                    say(f"{self.label}: looks until step {state.global_step} were at other posts or scores: removed")
         self.trainer.accelerator.wait_for_everyone()  # the first process is about to write what all have to read
         seen = set() if self.samples.empty else set(self.samples["step"])
         if self._due(state) and state.global_step not in seen:
@@ -173,6 +186,7 @@ class WatchReplies(TrainerCallback):
             if logged:
                 trainer._metrics["train"][f"{name}_reward"].append(float(look[name].mean()))
         self.samples = pd.concat([self.samples, look], ignore_index=True)
+        self.samples.attrs = {"watch": watch.digest()}  # goes into the file
         write_parquet(self.folder / "samples.parquet", self.samples)
         write_csv(self.folder / "watch.csv", watch_table(self.samples))
         with _atomic_path(self.folder / "samples.html") as page:

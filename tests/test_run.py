@@ -104,8 +104,10 @@ def test_a_changed_parameter_redoes_what_depends_on_it_and_the_result_is_the_sam
     run_dir, _ = finished
     before, metrics = manifests(run_dir), (run_dir / "evaluation" / "metrics.csv").read_bytes()
     changed = arguments("first", "-p", "n_boot=300")
+    settings = (run_dir / "config.json").read_bytes()
     plan = call(runs, *changed, "--dry-run")
     assert plan.returncode == 0 and "evaluation" in plan.stdout and "rule train" not in plan.stdout
+    assert (run_dir / "config.json").read_bytes() == settings and not (run_dir / ".dry-run.json").exists()
     assert call(runs, *changed).returncode == 0
     after = manifests(run_dir)
     redone = {stage for stage in STAGES if before[stage]["started"] != after[stage]["started"]}

@@ -194,6 +194,18 @@ def test_a_full_disk_is_named(base, pairs, tmp_path, monkeypatch):
     assert caught.value.errno == errno.ENOSPC and str(tmp_path) in str(caught.value)
 
 
+def test_a_disk_too_full_for_the_executed_notebook_is_named(tmp_path, monkeypatch):
+    """papermill and the manifest meet it as well as training; with a real full file system: docs/log.md."""
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_json(tmp_path / "config.json", {"stages": {"data": {}}, "arms": [], "seeds": [], "preset": "smoke"})
+    monkeypatch.setattr(runner, "execute_notebook", full)
+    with pytest.raises(OSError, match="the disk is full: free some space there") as caught:
+        runner.run_stage(tmp_path, "data")
+    assert str(tmp_path / "data") in str(caught.value)
+
+
 def test_an_unwritable_folder_is_one_line_before_anything_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("GRPO_ENGAGE_RUNS", str(tmp_path / "file"))

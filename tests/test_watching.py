@@ -66,6 +66,20 @@ def test_watching_changes_nothing_that_is_trained(base, pairs, watched, tmp_path
     assert not (tmp_path / "samples.parquet").exists()
 
 
+def test_looks_at_other_posts_are_not_set_side_by_side(base, pairs, watch, tmp_path, capsys):
+    with pytest.raises(Killed):
+        hybrid(base, pairs, tmp_path, watch=replace(watch, every=1), callbacks=[KillLogging(4)])
+    assert pd.read_csv(tmp_path / "watch.csv")["step"].tolist() == [0, 1, 2, 3, 4]
+    shutil.copytree(tmp_path, tmp_path / "rarer")
+    hybrid(base, pairs, tmp_path / "rarer", watch=replace(watch, every=4))  # the same looks, fewer to come
+    assert pd.read_csv(tmp_path / "rarer" / "watch.csv")["step"].tolist() == [0, 1, 2, 4]
+    capsys.readouterr()
+    hybrid(base, pairs, tmp_path, watch=replace(watch, every=1, posts=watch.posts[:2]))
+    assert pd.read_csv(tmp_path / "watch.csv")["step"].tolist() == [2, 3, 4]
+    assert "looks until step 2 were at other posts or scores" in capsys.readouterr().out
+    assert set(pd.read_parquet(tmp_path / "samples.parquet")["tweet"]) == set(watch.posts[:2])
+
+
 def test_what_was_watched_is_what_was_said(base, pairs, watch, watched):
     """Before the first step, every third one and after the last; the adapter's own replies, scored by both scores."""
     samples = pd.read_parquet(watched[0] / "samples.parquet")
