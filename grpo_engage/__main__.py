@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from .core import REPO_ROOT, read_json, say, write_json
-from .objective import check_starts, trainable_arm
+from .objective import check_arms
 from .parameters import GRAPH_PARAMETERS, STAGES, load_preset, notebook_of, read_parameters, resolve_config
 from .runner import end_with, failure_message, jobs, run_stage, stage_folder
 from .storage import check_writable
@@ -123,8 +123,7 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
             raise ValueError(f"--data {args.data}: there is no such file")
         overrides = ["data.source=file", f"data.data_path={path}", *overrides]
     config = resolve_config(load_preset(args.preset), overrides) | {"preset": args.preset}
-    check_starts({arm: trainable_arm(arm, config["stages"]["train"][arm]["warm_start"]).warm_start
-                  for arm in config["arms"]})
+    check_arms(config["stages"]["train"])
     if config["stages"]["data"]["source"] == "file" and not config["stages"]["data"]["data_path"]:
         raise ValueError(f"preset {args.preset!r} reads a file: give it with --data PATH (DATA=PATH for make)")
     return run_folder(args.run or args.preset), config

@@ -21,7 +21,7 @@ from trl import GRPOConfig
 from .base_models import quiet_libraries
 from .core import device_and_dtype, file_sha256
 from .grpo_trainer import ReplyTrainer
-from .objective import Objective
+from .objective import Objective, process_share
 from .policy import clean_text, format_prompt, load_adapted, load_policy
 from .processes import on_first_process, world_size
 from .stopping import LastStep, RewardError, RewardFunction, checked_scores
@@ -95,18 +95,9 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, *, obje
             raise ValueError("generation_engine='vllm' needs the package vllm (pip install vllm) and a GPU; without "
                              "them take generation_engine='transformers'")
         engine = dict(use_vllm=True, vllm_mode="colocate", vllm_gpu_memory_utilization=vllm_memory)
-    if generates and num_generations < 2:
-        raise ValueError(f"num_generations must be at least 2 (a group of one has no advantage), got {num_generations}")
-    total = posts_per_step * num_generations if generates else batch_size
-    if total < 2:
-        raise ValueError(f"batch_size must be at least 2, got {batch_size}")
-    if total % world_size():
-        raise ValueError(f"n_processes={world_size()} must divide the {total} replies of a step")
-    own = total // world_size()  # replies of this process
-    if gradient_accumulation and own % gradient_accumulation:
-        raise ValueError(f"gradient_accumulation={gradient_accumulation} must divide the {own} replies of a step"
-                         f"{' and process' if world_size() > 1 else ''}; 0 takes as few micro-batches as "
-                         "micro_batch_size allows")
+    own = process_share(objective, batch_size=batch_size, posts_per_step=posts_per_step,
+                        num_generations=num_generations, gradient_accumulation=gradient_accumulation,
+                        n_processes=world_size())
     micro = own // gradient_accumulation if gradient_accumulation else largest_divisor(own, micro_batch_size)
     device, dtype = device_and_dtype()
     arguments = GRPOConfig(
@@ -116,7 +107,8 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, *, obje
         logging_nan_inf_filter=False, disable_tqdm=True, use_cpu=device.type == "cpu",
         # TRL's defaults are bf16 and gradient checkpointing: both slow a CPU down many times over
         bf16=dtype == torch.bfloat16, gradient_checkpointing=gradient_checkpointing, weight_decay=0.0,
-        max_grad_norm=1.0, dataloader_num_workers=0, num_generations=num_generations if generates else total,
+        max_grad_norm=1.0, dataloader_num_workers=0,
+        num_generations=num_generations if generates else own * world_size(),
         max_completion_length=max_new_tokens, temperature=temperature, top_p=1.0, top_k=0, beta=0.0,
         loss_type=loss_type, scale_rewards="group", lr_scheduler_type="constant" if objective.beta else "linear",
         **engine)

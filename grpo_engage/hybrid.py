@@ -32,7 +32,7 @@ from grpo_engage.core import (
 from .data import load_pairs
 from .heuristic_reward import HeuristicReward
 from .many_processes import train_arm_in_processes
-from .objective import ARMS, Objective, trainable_arm
+from .objective import ARMS, arm_objective, trainable_arm
 from .policy import load_adapted, load_policy, loading_options, read_policy, reply_nll
 from .reward_model import CombinedReward, EngagementRewardModel
 from .watching import Watch, training_judge, watch_figure, watched_posts
@@ -190,10 +190,8 @@ def train_stage(
     parameters = {name: value for name, value in locals().items() if name not in ("run_dir", "keep_checkpoints")}
     if phase_split not in ("same", "disjoint"):
         raise ValueError(f"phase_split must be same or disjoint, got {phase_split!r}")
-    setting = trainable_arm(arm, warm_start)
-    weights = zip((alpha, beta, lam), (setting.alpha, setting.beta, setting.lam), strict=True)
-    objective = Objective(*(own if given == -1 else given for given, own in weights))
-    origin = setting.warm_start
+    objective = arm_objective(arm, warm_start, alpha, beta, lam)
+    origin = objective.warm_start
     folder = run_dir / "train" / arm / f"seed{seed}"
     start = None if origin == "base" else run_dir / "train" / origin / f"seed{seed}" / "adapter"
     inputs = [run_dir / "data" / "pairs.parquet", run_dir / "policy" / "policy.json",
