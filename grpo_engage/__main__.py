@@ -171,10 +171,11 @@ def _run(args: argparse.Namespace) -> int:
         code, said = snakemake(run_dir, path, targets, lock, dry_run=args.dry_run)
         if code == 0 and args.publish and not args.dry_run:
             _publish(run_dir)
+    if args.dry_run:
+        path.unlink()
     if code:
         return _explain_failure(run_dir, config, said)
     if args.dry_run:
-        path.unlink()
         return 0
     _summarise(run_dir, config)
     return 0

@@ -95,9 +95,11 @@ def check_arms(train: Mapping[str, Mapping]) -> None:
 
     Raises: ValueError that names the arm.
     """
+    starts = {}
     for arm, given in train.items():
         try:
             objective = arm_objective(arm, *(given[name] for name in ("warm_start", "alpha", "beta", "lam")))
+            starts[arm] = objective.warm_start
             process_share(objective, **{name: given[name] for name in (
                 "batch_size", "posts_per_step", "num_generations", "gradient_accumulation", "n_processes")})
             if objective.beta or objective.lam:
@@ -108,7 +110,7 @@ def check_arms(train: Mapping[str, Mapping]) -> None:
                                      "train nothing")
         except ValueError as error:
             raise ValueError(f"arm {arm!r}: {error}") from error
-    check_starts({arm: trainable_arm(arm, given["warm_start"]).warm_start for arm, given in train.items()})
+    check_starts(starts)
 
 
 def check_starts(starts: Mapping[str, str]) -> None:
