@@ -3,6 +3,7 @@
 import filecmp
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,13 @@ def test_notebooks_are_clean(checkout):
     subprocess.run([BIN / "nbdev_clean"], cwd=checkout, check=True, capture_output=True)
     names = [path.name for path in NOTEBOOKS]
     assert filecmp.cmpfiles(REPO_ROOT / "nbs", checkout / "nbs", names, shallow=False)[1:] == ([], [])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_names_only_notebooks_that_there_are(path):
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    named = {name for cell in cells for name in re.findall(r"`(\d\d[a-z]{0,2}_[a-z_]+)", "".join(cell["source"]))}
+    assert named - {known.stem for known in NOTEBOOKS} == set()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
