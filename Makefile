@@ -50,10 +50,10 @@ list: $(READY)
 	$(BIN)/python -m grpo_engage list
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=. nbs/00_core.ipynb $(ARGS)
+	$(BIN)/jupyter lab --notebook-dir=. nbs/base/00_core.ipynb $(ARGS)
 
 export: $(READY)
-	rm -f grpo_engage/[a-z]*.py grpo_engage/__main__.py grpo_engage/_modidx.py
+	find grpo_engage -name "*.py" ! -name __init__.py -delete
 	$(BIN)/nbdev_export
 
 clean-notebooks: $(READY)
@@ -63,7 +63,7 @@ clean-notebooks: $(READY)
 # gain little from a second thread. `nano` is built beforehand, with all cores, so that no two processes build it at once.
 test: $(READY)
 	$(BIN)/ruff check .
-	$(BIN)/python -c 'from grpo_engage.base_models import ensure_policy; ensure_policy("nano")'
+	$(BIN)/python -c 'from grpo_engage.policy.base_models import ensure_policy; ensure_policy("nano")'
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_run.py tests/test_run_errors.py tests
 

@@ -9,21 +9,21 @@ and checkpoints are not declared at all: the first two must survive to tell why,
 import sys
 from pathlib import Path
 
-from grpo_engage.objective import trainable_arm
-from grpo_engage.parameters import STAGES
-from grpo_engage.runner import job_parameters
+from grpo_engage.train.objective import trainable_arm
+from grpo_engage.run.settings import STAGES
+from grpo_engage.run.runner import job_parameters
 
 NOTEBOOKS = Path(workflow.basedir) / "nbs"
-# The notebooks whose code decides what a stage writes, by their numbers; a change in one of them redoes the stage.
-NUMBERS = {"data": ["01", "02"], "heuristic_reward": ["03"], "reward_model": ["04"], "policy": ["05"],
-           "best_of_n": ["03", "04", "05"], "train": ["06", "07"], "paper": ["10"],
-           "evaluation": ["05d", "05e", "08", "09_", "09[b-eh-m]"]}  # not 09f (LLM judge) and 09g (browser): they come after
+# The notebooks whose code decides what a stage writes; a change in one of them redoes the stage.
+ROOMS = {"data": ["01_", "data/"], "heuristic_reward": ["02_", "rewards/00"], "reward_model": ["03_", "rewards/"],
+         "policy": ["04_", "policy/"], "best_of_n": ["05_", "rewards/", "policy/"], "train": ["06_", "07_", "train/"],
+         "paper": ["09_", "paper/"], "evaluation": ["08_", "evaluation/", "stats/", "text/"]}
 SOURCE = [config["stages"]["data"]["data_path"]] if config["stages"]["data"]["source"] == "file" else []
 JOB = f"exec {sys.executable} -m grpo_engage job"
 
 
 def notebooks(stage):
-    return sorted(str(path) for number in NUMBERS[stage] for path in NOTEBOOKS.glob(f"{number}*.ipynb"))
+    return sorted(str(path) for room in ROOMS[stage] for path in NOTEBOOKS.glob(f"{room}*.ipynb"))
 
 
 def logs(stage, folder=""):

@@ -22,5 +22,5 @@ setup(
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
-    entry_points={"console_scripts": ["grpo_engage=grpo_engage.__main__:main"]},
+    entry_points={"console_scripts": ["grpo_engage=grpo_engage.run.cli:main"]},
 )

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from grpo_engage.core import read_json, savefig, say, write_csv, write_parquet
-from grpo_engage.data import load_pairs
-from grpo_engage.evaluation import choose_posts, posts_with_replies
-from grpo_engage.hybrid import training_reward
-from grpo_engage.learning_study import (
+from grpo_engage.base.core import read_json, savefig, say, write_csv, write_parquet
+from grpo_engage.data.pairs import load_pairs
+from grpo_engage.evaluation.evaluation import choose_posts, posts_with_replies
+from grpo_engage.evaluation.scoring import choose_tau
+from grpo_engage.policy.replies import read_policy
+from grpo_engage.stats.intervals import holm
+from grpo_engage.studies.learning_study import (
     SETTINGS,
     Setting,
     at_distance,
@@ -29,10 +31,8 @@ from grpo_engage.learning_study import (
     study_by_post,
     study_setting,
 )
-from grpo_engage.objective import Objective
-from grpo_engage.policy import read_policy
-from grpo_engage.scoring import choose_tau
-from grpo_engage.statistics import holm
+from grpo_engage.train.hybrid import training_reward
+from grpo_engage.train.objective import Objective
 
 METRICS = ("pass@1", "pass@10", "gold", "reward", "self_bleu", "distinct_2", "ead", "rouge_l", "nll", "kl", "length")
 SPLITS = ("validation", "test")

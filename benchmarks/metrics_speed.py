@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from grpo_engage.core import write_csv
-from grpo_engage.metrics import self_bleu, words
-from grpo_engage.post_metrics import metrics_by_post, read_replies
+from grpo_engage.base.core import write_csv
+from grpo_engage.evaluation.post_metrics import metrics_by_post, read_replies
+from grpo_engage.text.metrics import self_bleu, words
 
 
 def texts(rng, n, vocabulary=2000, mean_length=20):

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from grpo_engage.core import write_csv
-from grpo_engage.engagement_model import EngagementRewardModel
-from grpo_engage.gold import gold_appeal
-from grpo_engage.simulator import simulate_text
+from grpo_engage.base.core import write_csv
+from grpo_engage.data.gold import gold_appeal
+from grpo_engage.data.simulator import simulate_text
+from grpo_engage.rewards.engagement_model import EngagementRewardModel
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ from pathlib import Path
 import pandas as pd
 from transformers import TrainerCallback
 
-from grpo_engage.arm_training import make_trainer
-from grpo_engage.base_models import ensure_policy
-from grpo_engage.core import write_csv
-from grpo_engage.heuristic_reward import HeuristicReward
-from grpo_engage.objective import ARMS
-from grpo_engage.simulator import simulate_pairs
+from grpo_engage.base.core import write_csv
+from grpo_engage.data.simulator import simulate_pairs
+from grpo_engage.policy.base_models import ensure_policy
+from grpo_engage.rewards.heuristic import HeuristicReward
+from grpo_engage.train.arm_training import make_trainer
+from grpo_engage.train.objective import ARMS
 
 PARTS = {"_generate": "generation", "_calculate_rewards": "reward", "_combined_advantages": "reward"}
 

@@ -1,8 +1,9 @@
 """The expected gradient of ReplyTrainer, by enumeration, against the exact gradient of the objective.
 
 A policy so small that everything it can say is listed: 3 or 4 tokens (one ends a reply, and pads), replies of at most 2
-or 3 tokens, groups of K = 2 or 3, float64 (notebook 06d_enumeration). For every possible group the real path runs
-(scoring, advantages, shuffling, splitting into micro-batches, `_compute_loss`, backward); only sampling is replaced.
+or 3 tokens, groups of K = 2 or 3, float64 (notebook studies/00_enumeration). For every possible group the real path
+runs (scoring, advantages, shuffling, splitting into micro-batches, `_compute_loss`, backward); only sampling
+is replaced.
 
     python proofs/gradient.py             # the full grid -> gradient.csv, formulas.csv, bias.csv beside this file
     python proofs/gradient.py --resume    # goes on with a gradient.csv that was cut off
@@ -20,8 +21,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from grpo_engage.diversity import DIVERSITY_METRICS, set_diversity
-from grpo_engage.enumeration import (
+from grpo_engage.studies.enumeration import (
     EnumeratedTrainer,
     exact_gradient,
     expected_gradient,
@@ -32,7 +32,8 @@ from grpo_engage.enumeration import (
     tiny_policy,
     tiny_trainer,
 )
-from grpo_engage.objective import Objective
+from grpo_engage.text.diversity import DIVERSITY_METRICS, set_diversity
+from grpo_engage.train.objective import Objective
 
 REWARD, DIVERSITY, SUPERVISED = Objective(0.0, 1.0, 0.0), Objective(0.0, 0.0, 1.0), Objective(1.0, 0.0, 0.0)
 ALL = Objective(0.3, 0.5, 0.2)

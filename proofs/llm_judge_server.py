@@ -19,9 +19,9 @@ from pathlib import Path
 
 import httpx2
 
-from grpo_engage.base_models import ensure_policy
-from grpo_engage.llm_client import Endpoint
-from grpo_engage.llm_judging import judge_run
+from grpo_engage.judges.llm_client import Endpoint
+from grpo_engage.judges.llm_judging import judge_run
+from grpo_engage.policy.base_models import ensure_policy
 
 
 @contextmanager

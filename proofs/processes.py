@@ -26,9 +26,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import PrinterCallback
 from trl import GRPOConfig
 
-from grpo_engage.enumeration import EnumeratedTrainer, all_replies, tiny_policy, tiny_tokenizer
-from grpo_engage.objective import Objective
-from grpo_engage.processes import report_errors, run_processes, world_size
+from grpo_engage.base.processes import report_errors, run_processes, world_size
+from grpo_engage.studies.enumeration import EnumeratedTrainer, all_replies, tiny_policy, tiny_tokenizer
+from grpo_engage.train.objective import Objective
 
 REPLIES, STEPS, TOLERANCE = 12, 3, 1e-5
 CASES = {

@@ -30,8 +30,8 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from grpo_engage.core import read_json, say
-from grpo_engage.objective import ARMS
+from grpo_engage.base.core import read_json, say
+from grpo_engage.train.objective import ARMS
 
 # the baseline's steps take so little time that ten would be over before anybody could kill them
 STEPS, SAVE_STEPS = {arm: 60 if arm == "baseline" else 10 for arm in ARMS}, {arm: 2 for arm in ARMS} | {"baseline": 10}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from grpo_engage.base_models import ensure_policy
-from grpo_engage.simulator import simulate_pairs
+from grpo_engage.data.simulator import simulate_pairs
+from grpo_engage.policy.base_models import ensure_policy
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,14 @@ import pandas as pd
 import pytest
 from test_grpo_trainer import KillAfter, Killed, brevity
 
-from grpo_engage import hybrid
-from grpo_engage.arm_training import make_trainer, train_arm
-from grpo_engage.core import file_sha256, write_json, write_parquet
-from grpo_engage.grpo_trainer import Objective
-from grpo_engage.parameters import load_preset, notebook_of, read_parameters, resolve_config
-from grpo_engage.simulator import simulate_pairs
-from grpo_engage.training_loop import tidy_log
-from grpo_engage.watching import training_judge, watched_posts
+from grpo_engage.base.core import file_sha256, write_json, write_parquet
+from grpo_engage.data.simulator import simulate_pairs
+from grpo_engage.run.settings import load_preset, notebook_of, read_parameters, resolve_config
+from grpo_engage.train import hybrid
+from grpo_engage.train.arm_training import make_trainer, train_arm
+from grpo_engage.train.loop import tidy_log
+from grpo_engage.train.trainer import Objective
+from grpo_engage.train.watching import training_judge, watched_posts
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_the_judge_of_real_posts_gives_the_probability_of_beating_their_real_rep
         def logits(self, tweets, replies):
             return np.array([float(len(reply)) for reply in replies])
 
-    monkeypatch.setattr("grpo_engage.watching.EngagementRewardModel.load", lambda folder: Model())
+    monkeypatch.setattr("grpo_engage.train.watching.EngagementRewardModel.load", lambda folder: Model())
     pairs = pd.DataFrame({"tweet": ["a", "a", "b"], "reply": ["1", "333", "22"], "split": "validation",
                           "source": "twitter"})
     judge = training_judge(tmp_path, pairs, watched_posts(pairs, 2))

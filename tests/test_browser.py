@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_engage.browser import (
+from grpo_engage.base.core import write_csv
+from grpo_engage.evaluation.conclusions import decide
+from grpo_engage.judges.browser import (
     VotingBooth,
     browser_widget,
     filter_replies,
@@ -22,11 +24,9 @@ from grpo_engage.browser import (
     vote_widget,
     write_browser_html,
 )
-from grpo_engage.core import write_csv
-from grpo_engage.decision import decide
-from grpo_engage.llm_judging import draw_pairs
-from grpo_engage.pdf import build_pdf, escape_latex, latex_obstacle
-from grpo_engage.votes import append_vote, inspection, read_votes, update_decision, voter_agreement
+from grpo_engage.judges.llm_judging import draw_pairs
+from grpo_engage.judges.votes import append_vote, inspection, read_votes, update_decision, voter_agreement
+from grpo_engage.paper.pdf import build_pdf, escape_latex, latex_obstacle
 
 NASTY = ["<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "$x$ and $$y$$",
          r"\(z\) \[w\] \begin{equation}1\end{equation}", r"\input{/etc/passwd} \write18{touch owned}", "😀" * 5000,
@@ -175,7 +175,8 @@ def test_two_voters_at_once_lose_nothing(tmp_path):
 
 def test_a_vote_is_on_disk_when_the_process_is_killed(tmp_path):
     path = tmp_path / "votes.csv"
-    program = f"import os; from grpo_engage.votes import append_vote; append_vote({str(path)!r}, {VOTE!r}); os._exit(9)"
+    program = "import os; from grpo_engage.judges.votes import append_vote; append_vote"
+    program += f"; append_vote({str(path)!r}, {VOTE!r}); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 9
     assert len(read_votes(path)) == 1
 

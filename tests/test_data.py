@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from grpo_engage import data, reading, rows, splitting
-from grpo_engage.core import SPLITS, read_json
-from grpo_engage.data import data_stage, load_pairs, read_pairs
+from grpo_engage.base.core import SPLITS, read_json
+from grpo_engage.data import pairs as data
+from grpo_engage.data import reading, rows, splitting
+from grpo_engage.data.pairs import data_stage, load_pairs, read_pairs
 
 GOOD = {
     "tweet": "Our bakery opens at six tomorrow.",
@@ -428,7 +429,7 @@ def test_a_gigabyte_is_not_held_in_memory(tmp_path):
             file.write((b'{"tweet": "' + b"x" * 20_000 + b'"}\n') * 100)
         file.write(b"y" * 300_000_000)
     code = (
-        "import resource, sys; from grpo_engage.reading import read_pairs\n"
+        "import resource, sys; from grpo_engage.data.reading import read_pairs\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "a, r = read_pairs(sys.argv[1]); after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(len(r), (after - before) // 1024)"
@@ -490,7 +491,7 @@ def test_split_is_a_function_of_content_and_seed(pairs):
     shuffled = splitting.split_conversations(pairs.sample(frac=1, random_state=0), None, 7)
     pd.testing.assert_frame_equal(shuffled.sort_index(), first)
     assert not splitting.split_conversations(pairs, None, 8).split.equals(first.split)
-    code = "import sys,pandas as pd; from grpo_engage.splitting import split_conversations as s;"
+    code = "import sys,pandas as pd; from grpo_engage.data.splitting import split_conversations as s;"
     code += "print(''.join(x[0] for x in s(pd.read_json(sys.stdin), None, 7).split))"
     done = subprocess.run([sys.executable, "-c", code], input=pairs.to_json(), capture_output=True, text=True,
                           check=True, env=os.environ | {"PYTHONHASHSEED": "99"})  # fmt: skip

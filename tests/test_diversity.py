@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from grpo_engage.diversity import DIVERSITY_METRICS, marginal_credit, set_diversity, vendi_score
-from grpo_engage.metrics import words
+from grpo_engage.text.diversity import DIVERSITY_METRICS, marginal_credit, set_diversity, vendi_score
+from grpo_engage.text.metrics import words
 
 WORDS = ["yes", "no", "why", "rain", "cup", "train"]
 

@@ -16,11 +16,11 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hypergeom, mannwhitneyu
 
-from grpo_engage import evaluation, generation, post_metrics, scoring
-from grpo_engage.core import REPO_ROOT
-from grpo_engage.evaluation import distinct_n, pass_at_k, rouge_l, self_bleu
-from grpo_engage.metrics import words
-from grpo_engage.statistics import paired_difference
+from grpo_engage.base.core import REPO_ROOT
+from grpo_engage.evaluation import evaluation, generation, post_metrics, scoring
+from grpo_engage.evaluation.evaluation import distinct_n, pass_at_k, rouge_l, self_bleu
+from grpo_engage.stats.intervals import paired_difference
+from grpo_engage.text.metrics import words
 
 # ---- metrics against something independent ---------------------------------------------------------------------------
 
@@ -426,7 +426,7 @@ def test_posts_need_two_replies():
 
 
 def test_stage_defaults_are_the_notebooks():
-    notebook = nbformat.read(REPO_ROOT / "nbs" / "09_evaluation.ipynb", 4)
+    notebook = nbformat.read(REPO_ROOT / "nbs" / "08_evaluation.ipynb", 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     names: dict = {}
     exec(cell.source, names)  # our own literals

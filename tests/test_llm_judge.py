@@ -13,9 +13,16 @@ import pandas as pd
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from grpo_engage.injections import INJECTIONS, as_data, flag_injection
-from grpo_engage.llm_client import Endpoint, Ledger, ask, most_tokens
-from grpo_engage.llm_judge import LlmJudge, agreement_table, flip_rates, judge_pairs, judge_replies, pair_messages
+from grpo_engage.judges.injections import INJECTIONS, as_data, flag_injection
+from grpo_engage.judges.llm_client import Endpoint, Ledger, ask, most_tokens
+from grpo_engage.judges.llm_judge import (
+    LlmJudge,
+    agreement_table,
+    flip_rates,
+    judge_pairs,
+    judge_replies,
+    pair_messages,
+)
 
 QUESTION = [{"role": "user", "content": "A or B?"}]
 
@@ -155,7 +162,7 @@ def test_cap_is_never_passed_whatever_fails(server, judge_at):
 
 def test_a_killed_call_counts_as_spent(tmp_path):
     path = tmp_path / "answers.sqlite"
-    program = ("import os, sys; from grpo_engage.llm_client import Ledger\n"
+    program = ("import os, sys; from grpo_engage.judges.llm_client import Ledger\n"
                f"ledger = Ledger({str(path)!r}); ledger.store('k', 'm', 'A'); ledger.reserve(0.5, 1.0); os._exit(9)")
     assert subprocess.run([sys.executable, "-c", program]).returncode == 9
     ledger = Ledger(path)

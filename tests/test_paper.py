@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 import typst
 
-from grpo_engage import exhibits, paper, results
-from grpo_engage.core import read_json, write_csv, write_json, write_parquet
-from grpo_engage.pdf import HOW_TO_GET_LATEX, build_pdf, latex_obstacle, undefined_macros
+from grpo_engage.base.core import read_json, write_csv, write_json, write_parquet
+from grpo_engage.paper import exhibits, paper, results
+from grpo_engage.paper.pdf import HOW_TO_GET_LATEX, build_pdf, latex_obstacle, undefined_macros
 
 SOURCE = Path(__file__).parents[1] / "paper" / "main.tex"
 NASTY = r"a_run $ \input{x} % # & ^ ~ { } <script> 😀"

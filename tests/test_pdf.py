@@ -8,7 +8,7 @@ import typst
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo_engage.pdf import build_pdf, escape_latex, latex_obstacle, macro_name, undefined_macros
+from grpo_engage.paper.pdf import build_pdf, escape_latex, latex_obstacle, macro_name, undefined_macros
 
 PREAMBLE = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage[T1]{fontenc}\n" \
            "\\usepackage{textcomp,booktabs,framed,graphicx}\n\\begin{document}\n"

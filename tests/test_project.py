@@ -12,12 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from grpo_engage.core import REPO_ROOT
-from grpo_engage.parameters import STAGES, load_preset, notebook_of, read_parameters, resolve_config
-from grpo_engage.runner import stale_modules
+from grpo_engage.base.core import REPO_ROOT
+from grpo_engage.run.runner import stale_modules
+from grpo_engage.run.settings import STAGES, load_preset, notebook_of, read_parameters, resolve_config
 
-NOTEBOOKS = sorted((REPO_ROOT / "nbs").glob("*.ipynb"))
-MODULES = sorted(path.stem for path in (REPO_ROOT / "grpo_engage").glob("*.py") if not path.stem.startswith("_"))
+
+def _names(folder, ending):
+    """The files of `folder` by their path in it, without their ending; nothing hidden."""
+    paths = (path.relative_to(folder).with_suffix("") for path in folder.rglob(f"*{ending}"))
+    return sorted(path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts))
+
+
+NOTEBOOKS = _names(REPO_ROOT / "nbs", ".ipynb")
+MODULES = [name.replace("/", ".") for name in _names(REPO_ROOT / "grpo_engage", ".py")
+           if not name.rpartition("/")[2].startswith("_")]
 BIN = Path(sys.executable).parent
 
 
@@ -31,39 +39,43 @@ def checkout(tmp_path):
 
 
 def test_modules_are_what_the_notebooks_export(checkout):
-    before = {path.name: path.read_bytes() for path in (checkout / "grpo_engage").glob("*.py")}
-    for path in (checkout / "grpo_engage").glob("*.py"):
+    before = {path: path.read_bytes() for path in (checkout / "grpo_engage").rglob("*.py")}
+    for path in before:
         if path.name != "__init__.py":
             path.unlink()
     subprocess.run([BIN / "nbdev_export"], cwd=checkout, check=True, capture_output=True)
-    after = {path.name: path.read_bytes() for path in (checkout / "grpo_engage").glob("*.py")}
+    after = {path: path.read_bytes() for path in (checkout / "grpo_engage").rglob("*.py")}
     assert sorted(after) == sorted(before)
-    assert [name for name in before if before[name] != after[name]] == []
+    assert [path for path in before if before[path] != after[path]] == []
 
 
 def test_a_changed_cell_is_seen(checkout):
     assert stale_modules(checkout) == []
-    path = checkout / "grpo_engage" / "core.py"
+    path = checkout / "grpo_engage" / "base" / "core.py"
     path.write_text(path.read_text().replace("every_seconds: float = 30.0", "every_seconds: float = 60.0"))
     assert len(stale_modules(checkout)) == 1
 
 
 def test_notebooks_are_clean(checkout):
     subprocess.run([BIN / "nbdev_clean"], cwd=checkout, check=True, capture_output=True)
-    names = [path.name for path in NOTEBOOKS]
+    names = [f"{name}.ipynb" for name in NOTEBOOKS]
     assert filecmp.cmpfiles(REPO_ROOT / "nbs", checkout / "nbs", names, shallow=False)[1:] == ([], [])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_names_only_notebooks_that_there_are(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    named = {name for cell in cells for name in re.findall(r"`(\d\d[a-z]{0,2}_[a-z_]+)", "".join(cell["source"]))}
-    assert named - {known.stem for known in NOTEBOOKS} == set()
+def read(notebook):
+    return json.loads((REPO_ROOT / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_committed_without_outputs_on_the_common_kernel(path):
-    notebook = json.loads(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_names_only_notebooks_that_there_are(name):
+    text = "\n".join("".join(cell["source"]) for cell in read(name)["cells"])
+    assert set(re.findall(r"(?<![\w/])(?:[a-z]+/)?\d\d[a-z]{0,2}_[a-z_]+\b", text)) - set(NOTEBOOKS) == set()
+    assert re.findall(r"[nN]otebooks? \d\d[a-z]{0,2}\b(?!_)", text) == []
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_is_committed_without_outputs_on_the_common_kernel(name):
+    notebook = read(name)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
     assert all(not cell["outputs"] and cell["execution_count"] is None
                for cell in notebook["cells"] if cell["cell_type"] == "code")
@@ -106,12 +118,13 @@ def test_module_imports_alone(name, imported):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module_is_of_a_readable_size(name):
-    assert len((REPO_ROOT / "grpo_engage" / f"{name}.py").read_text().splitlines()) <= 320
+    assert len((REPO_ROOT / "grpo_engage" / f"{name.replace('.', '/')}.py").read_text().splitlines()) <= 320
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_function_takes_what_its_notebook_declares(stage):
-    module = import_module("grpo_engage." + STAGES[stage].split("_", 1)[1])
+    first = next(source for cell in read(STAGES[stage])["cells"] if "default_exp" in (source := "".join(cell["source"])))
+    module = import_module(f"grpo_engage.{first.split()[-1]}")
     function = getattr(module, f"{stage}_stage")
     taken = {name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert taken == read_parameters(notebook_of(stage)).keys() - {"run_dir"}
@@ -140,7 +153,7 @@ def test_license_and_readme_show_the_two_commands():
 def test_a_demonstration_leaves_no_folder_behind():
     """Neither in a process of its own, as a kernel is, nor in a worker, as nbdev_test has."""
     program = ("from multiprocessing import get_context\n"
-               "from grpo_engage.core import demo_run_dir\n"
+               "from grpo_engage.base.core import demo_run_dir\n"
                "def show(): print(demo_run_dir(), flush=True)\n"
                "show()\n"
                "worker = get_context('fork').Process(target=show)\n"

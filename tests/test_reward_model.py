@@ -11,28 +11,34 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import rankdata, spearmanr
 
-from grpo_engage import data, heuristic_reward
-from grpo_engage import embedding as embedding_module
-from grpo_engage.base_models import ensure_policy
-from grpo_engage.causal_reward import preference_dataset
-from grpo_engage.context_model import ContextModel, context_features
-from grpo_engage.core import child_seed, file_sha256, read_json, write_json
-from grpo_engage.deconfounding import choose_references, deconfound, design_matrix, engagement, expected_engagement
-from grpo_engage.embedding import EMBEDDING_SIZE, HashingBackbone, embed, text_features
-from grpo_engage.encoder_tuning import TunedMiniLMBackbone
-from grpo_engage.engagement_model import shuffled_label_twins
-from grpo_engage.heuristic_reward import clear_pairs, pairwise_accuracy
-from grpo_engage.hybrid import UnvalidatedReward, training_reward
-from grpo_engage.overoptimisation import misjudged
-from grpo_engage.pairwise import bradley_terry_loss, pair_features, training_pairs
-from grpo_engage.policy import clean_text, format_prompt, load_policy
-from grpo_engage.reward_model import (
+from grpo_engage.base.core import child_seed, file_sha256, read_json, write_json
+from grpo_engage.data import pairs as data
+from grpo_engage.data.simulator import expected_log_likes, simulate_pairs
+from grpo_engage.policy.base_models import ensure_policy
+from grpo_engage.policy.replies import clean_text, format_prompt, load_policy
+from grpo_engage.rewards import heuristic as heuristic_reward
+from grpo_engage.rewards.causal_reward import preference_dataset
+from grpo_engage.rewards.circumstances import (
+    choose_references,
+    deconfound,
+    design_matrix,
+    engagement,
+    expected_engagement,
+)
+from grpo_engage.rewards.context_model import ContextModel, context_features
+from grpo_engage.rewards.encoder_tuning import TunedMiniLMBackbone
+from grpo_engage.rewards.engagement_model import shuffled_label_twins
+from grpo_engage.rewards.heuristic import clear_pairs, pairwise_accuracy
+from grpo_engage.rewards.overoptimisation import misjudged
+from grpo_engage.rewards.pairwise import bradley_terry_loss, pair_features, training_pairs
+from grpo_engage.rewards.reward_model import (
     CombinedReward,
     EngagementRewardModel,
     beat_probability,
     reward_model_stage,
 )
-from grpo_engage.reward_validation import (
+from grpo_engage.rewards.text_evidence import TYPICALITY, TextEvidence
+from grpo_engage.rewards.validation import (
     accuracy,
     all_pairs,
     by_ratio,
@@ -40,9 +46,10 @@ from grpo_engage.reward_validation import (
     verdict,
     within_post_spearman,
 )
-from grpo_engage.simulator import expected_log_likes, simulate_pairs
-from grpo_engage.statistics import seed_interval
-from grpo_engage.text_evidence import TYPICALITY, TextEvidence
+from grpo_engage.stats.intervals import seed_interval
+from grpo_engage.text import embedding as embedding_module
+from grpo_engage.text.embedding import EMBEDDING_SIZE, HashingBackbone, embed, text_features
+from grpo_engage.train.hybrid import UnvalidatedReward, training_reward
 
 TINY = {"size": 12, "buckets": 2**10}
 
@@ -160,7 +167,7 @@ def test_expected_engagement_recovers_the_law_it_was_drawn_from():
 def test_maximum_likelihood_agrees_with_statsmodels_glm_at_its_dispersion():
     import statsmodels.api as sm
 
-    from grpo_engage.deconfounding import covariates
+    from grpo_engage.rewards.circumstances import covariates
 
     pairs, _ = make_counts(seed=5)
     rows = np.ones(len(pairs), dtype=bool)
@@ -521,7 +528,7 @@ def test_context_features_take_nulls_and_odd_meta():
 
 def test_expected_likes_are_the_mean_of_many_draws():
     """`expected_log_likes` leaves chance out: averaged over many draws, likes follow it up to one constant."""
-    from grpo_engage.simulator import draw_context, draw_likes, simulate_text
+    from grpo_engage.data.simulator import draw_context, draw_likes, simulate_text
 
     text = simulate_text(40, 3)
     context, gold = draw_context(text, 3), np.linspace(0, 1, len(text))

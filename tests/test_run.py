@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from grpo_engage.core import read_json
+from grpo_engage.base.core import read_json
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
         "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16",
@@ -70,7 +70,7 @@ def test_every_figure_of_an_executed_notebook_is_a_picture(finished):
                 for output in cell.get("outputs", ())]
         assert [entry for entry in data if "<Figure" in entry.get("text/plain", "") and "image/png" not in entry] == []
         shown[path.stem] = sum("image/png" in entry for entry in data)
-    assert shown["07_hybrid"] == 2 and shown["09_evaluation"] >= 2, shown
+    assert shown["07_hybrid"] == 2 and shown["08_evaluation"] >= 2, shown
 
 
 def test_training_in_two_processes_is_a_parameter(runs, finished):

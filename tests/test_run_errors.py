@@ -9,8 +9,8 @@ import json
 import pytest
 from test_run import COMMAND, call
 
-from grpo_engage.core import read_json
-from grpo_engage.simulator import simulate_pairs
+from grpo_engage.base.core import read_json
+from grpo_engage.data.simulator import simulate_pairs
 
 
 @pytest.fixture(scope="module")

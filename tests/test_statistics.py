@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from grpo_engage.statistics import cluster_bootstrap, expanded_level, holm, paired_difference, seed_interval
+from grpo_engage.stats.intervals import cluster_bootstrap, expanded_level, holm, paired_difference, seed_interval
 
 
 def unequal_clusters(seed: int, n_clusters: int = 12) -> tuple[np.ndarray, np.ndarray]:

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from grpo_engage.core import write_csv, write_parquet
-from grpo_engage.gold import gold_appeal
-from grpo_engage.simulator import simulate_pairs
-from grpo_engage.training_path import training_path
+from grpo_engage.base.core import write_csv, write_parquet
+from grpo_engage.data.gold import gold_appeal
+from grpo_engage.data.simulator import simulate_pairs
+from grpo_engage.evaluation.training_path import training_path
 
 
 class Longer:
@@ -20,7 +20,7 @@ class Longer:
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Three watched arms (two without KL), one that was not; 2 posts, 2 replies each, looks after 0 and 4 updates."""
-    monkeypatch.setattr("grpo_engage.watching.EngagementRewardModel.load", lambda folder: Longer())
+    monkeypatch.setattr("grpo_engage.train.watching.EngagementRewardModel.load", lambda folder: Longer())
     pairs = simulate_pairs(12, seed=2).assign(split="validation").reset_index(drop=True)
     tweets = pairs["tweet"].drop_duplicates().iloc[:2].tolist()
     looks = pd.DataFrame([{"step": step, "post": post, "sample": sample, "tweet": tweets[post],

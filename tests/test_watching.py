@@ -16,12 +16,12 @@ from tensorboard.backend.event_processing import event_accumulator
 from test_grpo_trainer import Killed, brevity
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 
-from grpo_engage import policy
-from grpo_engage.arm_training import RewardError, make_trainer, train_arm, train_supervised
-from grpo_engage.core import file_sha256
-from grpo_engage.grpo_trainer import Objective, ReplyTrainer
-from grpo_engage.policy import load_policy, loading_settings
-from grpo_engage.watching import Watch, WatchReplies, parting, reporting, samples_page, watch_table
+from grpo_engage.base.core import file_sha256
+from grpo_engage.policy import replies as policy
+from grpo_engage.policy.replies import load_policy, loading_settings
+from grpo_engage.train.arm_training import RewardError, make_trainer, train_arm, train_supervised
+from grpo_engage.train.trainer import Objective, ReplyTrainer
+from grpo_engage.train.watching import Watch, WatchReplies, parting, reporting, samples_page, watch_table
 
 HYBRID = Objective(0.3, 0.5, 0.2)
 FEW = dict(max_steps=4, learning_rate=1e-3, posts_per_step=2, num_generations=4, micro_batch_size=4, max_new_tokens=12,
@@ -270,9 +270,9 @@ def test_a_report_with_its_package_stays_on_this_machine(package, tmp_path):
     pytest.importorskip(package)
     program = ("import sys\n"
                "from pathlib import Path\n"
-               "from grpo_engage.arm_training import train_supervised\n"
-               "from grpo_engage.base_models import ensure_policy\n"
-               "from grpo_engage.simulator import simulate_pairs\n"
+               "from grpo_engage.train.arm_training import train_supervised\n"
+               "from grpo_engage.policy.base_models import ensure_policy\n"
+               "from grpo_engage.data.simulator import simulate_pairs\n"
                "pairs = simulate_pairs(30, seed=8)[['tweet', 'reply']]\n"
                "train_supervised(ensure_policy('nano'), pairs, Path(sys.argv[1]), max_steps=1, learning_rate=1e-3,\n"
                "                 batch_size=4, report_to=sys.argv[2])\n")
