@@ -1,6 +1,6 @@
 """Do two commits make the same results? A small run of all stages and four arms from each, compared byte for byte.
 
-    python proofs/golden.py OLD [NEW]      two commits (default NEW: HEAD); about three minutes each on two cores
+    python proofs/golden.py OLD [NEW]      two commits (default NEW: HEAD); about five minutes each on two cores
 
 Both run on this machine, in a checkout at the same path, with the same packages. Compared is every file of the run but
 executed notebooks, manifests, logs, settings, and the figures that time or money enter (cost tables, the paper's PDF).
@@ -20,11 +20,11 @@ import tempfile
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
-SETTINGS = ["arms=[baseline, polychromic, grpo, hybrid, baseline_long]", "n_seeds=2", "n_conversations=200",
+SETTINGS = ["arms=[baseline, polychromic, grpo, hybrid]", "n_seeds=2", "n_conversations=200",
             "max_steps=4", "train.hybrid.advantage=max_at_k", "train.polychromic.diversity_metric=vendi",
             "n_test_posts=6", "n_validation_posts=6", "n_samples=16", "n_boot=200",
             "train.max_new_tokens=16", "evaluation.max_new_tokens=16", "allow_unvalidated_reward=true",
-            "best_of_n_posts=4", "best_of_n_replies=16", "rivals=[real, base, best_of_n]", "temperatures=[0.7]",
+            "best_of_n_posts=4", "best_of_n_replies=16", "rivals=[real, prompted, best_of_n]", "temperatures=[0.7]",
             "embeddings=true", "watch_posts=2", "watch_every=2"]
 # Not results, or not only of the settings: what is executed, recorded, timed or paid for.
 ASIDE = re.compile(r"\.ipynb$|(^|/)manifest\.json$|\.log$|^config\.json$|^\.|/\.|/tensorboard/|\.tfevents|"
