@@ -123,8 +123,8 @@ def test_module_is_of_a_readable_size(name):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_function_takes_what_its_notebook_declares(stage):
-    first = "".join(read(STAGES[stage])["cells"][1]["source"])
-    module = import_module(f"grpo_engage.{first.split()[-1]}")
+    sources = ["".join(cell["source"]) for cell in read(STAGES[stage])["cells"]]
+    module = import_module("grpo_engage." + next(s for s in sources if s.startswith("#| default_exp")).split()[-1])
     function = getattr(module, f"{stage}_stage")
     taken = {name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert taken == read_parameters(notebook_of(stage)).keys() - {"run_dir"}
