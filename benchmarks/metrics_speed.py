@@ -54,19 +54,19 @@ def made_up_scores(arms=4, seeds=3, posts=500, samples=16, references=5, seed=0)
     """Replies of a whole evaluation with a post, real replies and made-up judgements each, and training replies."""
     rng = np.random.default_rng(seed)
     n = arms * seeds * posts * samples
-    tweets, training = texts(rng, posts), texts(rng, 5000)
+    post_texts, training = texts(rng, posts), texts(rng, 5000)
     real = np.array(texts(rng, posts * references), dtype=object).reshape(posts, references).tolist()
     frame = pd.DataFrame(np.indices((arms, seeds, posts, samples)).reshape(4, n).T,
                          columns=["arm", "seed", "post", "sample"])
     frame = frame.assign(text=texts(rng, n), judge=rng.random(n), reward=rng.random(n), gold=np.nan)
-    return frame, [tweets[post] for post in frame["post"]], [real[post] for post in frame["post"]], training
+    return frame, [post_texts[post] for post in frame["post"]], [real[post] for post in frame["post"]], training
 
 
 def score_all(n_jobs, **size):
     """Wall seconds of every text metric in `n_jobs` processes, as the evaluation stage computes them; and the table."""
-    frame, tweets, references, training = made_up_scores(**size)
+    frame, posts, references, training = made_up_scores(**size)
     start = time.perf_counter()
-    read = read_replies(tweets, frame["text"].tolist(), references, training, n_jobs)
+    read = read_replies(posts, frame["text"].tolist(), references, training, n_jobs)
     middle = time.perf_counter()
     scored = frame.join(read).assign(passed=frame["judge"] > 0.9)
     table = metrics_by_post(scored, vocabulary_size=2000, n_jobs=n_jobs)

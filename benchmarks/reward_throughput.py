@@ -32,16 +32,17 @@ def main() -> None:
     model.fit(table, gold_appeal(table["tweet"].tolist(), table["reply"].tolist()), seed=0)
     posts = table["tweet"].unique()[:max(given.replies // 16, 1)]
     other = simulate_text(200, 1)["reply"].tolist()
-    tweets = [post for post in posts for _ in range(16)]
-    replies = other[:len(tweets)]
-    model.score(tweets[:2], replies[:2])  # loading the encoder is not scoring
+    post_texts = [post for post in posts for _ in range(16)]
+    replies = other[:len(post_texts)]
+    model.score(post_texts[:2], replies[:2])  # loading the encoder is not scoring
     seconds = {"batched": [], "pair by pair": []}
     for _ in range(given.repeats):
         start = time.perf_counter()
-        batched = model.score(tweets, replies)
+        batched = model.score(post_texts, replies)
         seconds["batched"].append(time.perf_counter() - start)
         start = time.perf_counter()
-        single = np.concatenate([model.score([tweet], [reply]) for tweet, reply in zip(tweets, replies, strict=True)])
+        singles = [model.score([post], [reply]) for post, reply in zip(post_texts, replies, strict=True)]
+        single = np.concatenate(singles)
         seconds["pair by pair"].append(time.perf_counter() - start)
     best = {name: min(values) for name, values in seconds.items()}
     row = {"backbone": given.backbone, "replies": len(replies),

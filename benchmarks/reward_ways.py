@@ -70,7 +70,7 @@ def main() -> None:
     own = labels.loc[train.index, ["residual", "engagement", "expected"]].reset_index(drop=True)
     train = train.reset_index(drop=True)
     say(f"{len(train)} replies of {train['conversation_id'].nunique()} posts; judged on {len(held)} replies")
-    tweets, replies = held["tweet"].tolist(), held["reply"].tolist()
+    post_texts, replies = held["tweet"].tolist(), held["reply"].tolist()
     options = {name: used[name] for name in ("members", "hidden_size", "dropout", "learning_rate", "weight_decay",
                                              "epochs")}
     rows, first = [], None
@@ -90,7 +90,7 @@ def main() -> None:
         else:
             extra = {"epochs": given.epochs} if way == "minilm-lora" else None
             model = EngagementRewardModel(way, backbone_options=extra, **options).fit(train, own, given.seed)
-        rows.append(judged(way, time.perf_counter() - start, held, model.logits(tweets, replies), given.seed))
+        rows.append(judged(way, time.perf_counter() - start, held, model.logits(post_texts, replies), given.seed))
         given.out.mkdir(parents=True, exist_ok=True)
         write_csv(given.out / "ways.csv", pd.DataFrame(rows))
     print(pd.DataFrame(rows).round(3).to_string(index=False))

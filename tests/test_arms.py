@@ -110,7 +110,7 @@ def test_an_arm_that_is_not_watched_keeps_no_other_runs_looks(stage, run_dir):
 
 def test_the_judge_of_real_posts_gives_the_probability_of_beating_their_real_replies(tmp_path, monkeypatch):
     class Model:
-        def logits(self, tweets, replies):
+        def logits(self, posts, replies):
             return np.array([float(len(reply)) for reply in replies])
 
     monkeypatch.setattr("grpo_engage.train.watching.EngagementRewardModel.load", lambda folder: Model())
@@ -125,9 +125,9 @@ def test_a_pass_indicator_is_what_training_sees(base, pairs, tmp_path):
     """1 where the score reaches the mark, else 0; so the logged mean is the share that passes."""
     scored = []
 
-    def noted(tweets, replies):
-        scored.extend(brevity(tweets, replies))
-        return brevity(tweets, replies)
+    def noted(posts, replies):
+        scored.extend(brevity(posts, replies))
+        return brevity(posts, replies)
 
     trainer = make_trainer(base, pairs, tmp_path, objective=Objective(0.0, 1.0, 0.0), reward=noted, max_steps=1,
                            learning_rate=1e-3, posts_per_step=4, num_generations=4, max_new_tokens=12,

@@ -101,7 +101,7 @@ def test_beat_fraction_is_the_mann_whitney_statistic():
 N_POSTS, N_SAMPLES = 30, 16
 
 
-def quality(tweets, replies):
+def quality(posts, replies):
     """A judge that reads the number at the end of a reply: what the truth is, is then known."""
     return np.array([float(reply.split()[-1]) if reply.split() else 0.0 for reply in replies])
 
@@ -271,12 +271,12 @@ def full_run(run_dir, monkeypatch):
     (run_dir / "policy" / "policy.json").write_text('{"name": "nano", "sha256": "x", "quantization": "none"}')
     calls = []
 
-    def fake_replies(model, tokenizer, tweets, n, temperature, top_p, max_new_tokens, batch_size, seed, label=""):
-        calls.append({"tweets": tuple(tweets), "n": n, "temperature": temperature, "seed": seed})
+    def fake_replies(model, tokenizer, posts, n, temperature, top_p, max_new_tokens, batch_size, seed, label=""):
+        calls.append({"tweets": tuple(posts), "n": n, "temperature": temperature, "seed": seed})
         rng = np.random.default_rng(seed)
         return pd.DataFrame([{"post": post, "sample": sample, "text": write(rng.random(), post, sample), "n_tokens": 4,
                               "finish_reason": "stop", "log_prob": -9.0}
-                             for post in range(len(tweets)) for sample in range(n)])
+                             for post in range(len(posts)) for sample in range(n)])
 
     monkeypatch.setattr(generation, "read_policy", lambda run_dir: "nowhere")
     monkeypatch.setattr(generation, "load_policy", lambda *_, **__: (None, None))

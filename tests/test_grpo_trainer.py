@@ -37,7 +37,7 @@ def baseline(base, pairs, tmp_path_factory):
     return folder / "adapter"
 
 
-def brevity(tweets, replies):
+def brevity(posts, replies):
     return np.array([math.exp(-len(reply) / 40) for reply in replies])
 
 
@@ -160,9 +160,9 @@ def test_seeds_differ(base, pairs, tmp_path):
 def test_a_reward_that_raises_names_post_and_completion(base, pairs, tmp_path):
     seen = []
 
-    def picky(tweets, replies):
-        seen.extend(zip(tweets, replies, strict=True))
-        if seen[2] in zip(tweets, replies, strict=True):
+    def picky(posts, replies):
+        seen.extend(zip(posts, replies, strict=True))
+        if seen[2] in zip(posts, replies, strict=True):
             raise ZeroDivisionError("no such thing")
         return np.zeros(len(replies))
 
@@ -171,7 +171,7 @@ def test_a_reward_that_raises_names_post_and_completion(base, pairs, tmp_path):
         train_grpo(base, pairs["tweet"], picky, tmp_path, **options)
     assert repr(seen[2][0][:200]) in str(caught.value) and repr(seen[2][1][:200]) in str(caught.value)
     with pytest.raises(RewardError, match="shape"):
-        train_grpo(base, pairs["tweet"], lambda tweets, replies: np.zeros(1), tmp_path, **options)
+        train_grpo(base, pairs["tweet"], lambda posts, replies: np.zeros(1), tmp_path, **options)
 
 
 def test_bad_sizes_are_refused(base, pairs, tmp_path):

@@ -47,8 +47,8 @@ def test_the_suite_would_notice_a_reward_that_pays_for_echo(simulated):
     """Word overlap, the earlier system's mistake, gives an echo the top score: the suite must be able to fail."""
     posts = simulated.tweet.drop_duplicates().tolist()
 
-    def overlap(tweets, replies):
-        pairs = zip(tweets, replies, strict=True)
+    def overlap(post_texts, replies):
+        pairs = zip(post_texts, replies, strict=True)
         return np.array([len(set(t.split()) & set(r.split())) / max(1, len(set(t.split()))) for t, r in pairs])
 
     assert np.median(overlap(posts, exploit_replies(posts)["shuffled_echo"])) == 1.0
@@ -163,9 +163,9 @@ def test_a_megabyte_and_lone_surrogates_are_survived():
 
 def test_bad_batches_are_errors_and_an_empty_one_is_empty():
     assert reward([], []).shape == (0,) and guard_flags([], []).shape == (0, 5)
-    with pytest.raises(ValueError, match="2 tweets but 1 replies"):
+    with pytest.raises(ValueError, match="2 posts but 1 replies"):
         reward([POST, POST], ["x"])
-    with pytest.raises(TypeError, match=r"tweets\[1\] is float"):
+    with pytest.raises(TypeError, match=r"posts\[1\] is float"):
         reward([POST, float("nan")], ["x", "y"])
     with pytest.raises(TypeError, match="batches"):
         reward(POST, "x")

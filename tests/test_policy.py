@@ -129,8 +129,8 @@ def test_nll_equals_transformers_loss(nano):
     model, tokenizer = nano
     replies = ["well said.", "no", "i was there an hour ago and saw nothing of the kind, ask maria."]
     table = reply_nll(model, tokenizer, TWEETS, replies, batch_size=3)
-    for row, (tweet, reply) in enumerate(zip(TWEETS, replies, strict=True)):
-        prompt = tokenizer(format_prompt(tweet, tokenizer))["input_ids"]
+    for row, (post, reply) in enumerate(zip(TWEETS, replies, strict=True)):
+        prompt = tokenizer(format_prompt(post, tokenizer))["input_ids"]
         answer = tokenizer(reply)["input_ids"] + [tokenizer.eos_token_id]
         ids = torch.tensor([prompt + answer])
         labels = torch.tensor([[-100] * len(prompt) + answer])

@@ -332,7 +332,7 @@ def test_labels_that_teach_nothing_are_errors(change, message):
 
 
 def test_bad_batches(trained):
-    with pytest.raises(ValueError, match="1 tweets but 2 replies"):
+    with pytest.raises(ValueError, match="1 posts but 2 replies"):
         trained.score(["a"], ["b", "c"])
     with pytest.raises(TypeError, match=r"replies\[1\]"):
         trained.logits(["a", "b"], ["fine", None])
@@ -356,10 +356,10 @@ def test_beat_probability_against_a_loop():
 
 
 def test_combined_reward_is_the_weighted_mean(trained):
-    tweets, replies = ["news about the rain"] * 3, ["", "bread rain?", "news about the rain"]
+    posts, replies = ["news about the rain"] * 3, ["", "bread rain?", "news about the rain"]
     heuristic = heuristic_reward.HeuristicReward()
-    expected = 0.8 * trained.score(tweets, replies) + 0.2 * heuristic(tweets, replies)
-    np.testing.assert_allclose(CombinedReward(trained, heuristic)(tweets, replies), expected)
+    expected = 0.8 * trained.score(posts, replies) + 0.2 * heuristic(posts, replies)
+    np.testing.assert_allclose(CombinedReward(trained, heuristic)(posts, replies), expected)
     assert CombinedReward(trained)([], []).shape == (0,)
     with pytest.raises(ValueError, match="w_learned"):
         CombinedReward(trained, w_learned=-0.1)
@@ -462,11 +462,11 @@ def test_typicality_against_counting_by_hand():
 def test_match_of_a_known_pair_is_judged_by_towers_that_did_not_see_it():
     """Pairs matched at random carry no signal: cross-fitted, their match cannot beat that of shuffled pairs."""
     random = np.random.default_rng(0)
-    tweets = [f"p{post} q{post % 7}" for post in range(150) for _ in range(3)]
-    replies = [f"w{random.integers(40)} v{random.integers(40)}" for _ in tweets]
+    posts = [f"p{post} q{post % 7}" for post in range(150) for _ in range(3)]
+    replies = [f"w{random.integers(40)} v{random.integers(40)}" for _ in posts]
     evidence = TextEvidence(buckets=2**12)
-    seen = evidence.fit_transform(tweets, replies, seed=1)[:, len(TYPICALITY)]
-    naive = evidence.transform(tweets, replies)[:, len(TYPICALITY)]
+    seen = evidence.fit_transform(posts, replies, seed=1)[:, len(TYPICALITY)]
+    naive = evidence.transform(posts, replies)[:, len(TYPICALITY)]
     assert naive.mean() > 0.3 > abs(seen.mean())  # the towers that trained on them do know them
 
 
@@ -552,7 +552,7 @@ def test_uncertainty_is_the_spread_of_the_members_own_scores(trained):
 
 def test_batched_scores_equal_pair_by_pair(trained):
     pairs, _ = make_pairs(10, seed=2)
-    alone = [trained.score([tweet], [reply])[0] for tweet, reply in zip(pairs.tweet, pairs.reply, strict=True)]
+    alone = [trained.score([post], [reply])[0] for post, reply in zip(pairs.tweet, pairs.reply, strict=True)]
     np.testing.assert_allclose(trained.score(pairs.tweet, pairs.reply), alone, atol=1e-5)
 
 
@@ -635,8 +635,8 @@ def test_the_encoder_and_the_networks_learn_from_different_posts(monkeypatch):
     pairs["tweet"] = "post of " + pairs["conversation_id"]
     seen = {}
 
-    def tune(self, tweets, replies, found, seed):
-        seen["encoder"] = {tweets[row] for row in (*found["better"], *found["worse"])}
+    def tune(self, posts, replies, found, seed):
+        seen["encoder"] = {posts[row] for row in (*found["better"], *found["worse"])}
         return self
 
     def train(self, standard, found, seed, held_out=0.15):
@@ -665,9 +665,9 @@ def test_a_viral_post_gives_the_causal_reward_no_more_pairs_than_another():
     found = training_pairs(pairs["conversation_id"], pd.DataFrame({"residual": labels}))
     rows = preference_dataset(pairs, found, tokenizer, pairs_per_post=2)
     assert len(rows) == 6
-    value = {(tweet, reply): label for tweet, reply, label in zip(pairs["tweet"], pairs["reply"], labels, strict=True)}
-    text = {format_prompt(tweet, tokenizer) + clean_text(reply, tokenizer): label
-            for (tweet, reply), label in value.items()}
+    value = {(post, reply): label for post, reply, label in zip(pairs["tweet"], pairs["reply"], labels, strict=True)}
+    text = {format_prompt(post, tokenizer) + clean_text(reply, tokenizer): label
+            for (post, reply), label in value.items()}
     assert all(text[row["chosen"]] > text[row["rejected"]] for row in rows)
 
 

@@ -114,11 +114,11 @@ def test_likes_rise_with_gold_when_the_context_is_fixed():
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=300), st.text(max_size=300))
-def test_gold_is_bounded_pure_and_defined_on_any_text(tweet, reply):
-    value = gold_appeal([tweet], [reply])
+def test_gold_is_bounded_pure_and_defined_on_any_text(post, reply):
+    value = gold_appeal([post], [reply])
     assert value.shape == (1,) and 0 <= value[0] <= 1
-    assert value == gold_appeal([tweet], [reply])
-    parts = gold_components([tweet], [reply])
+    assert value == gold_appeal([post], [reply])
+    parts = gold_components([post], [reply])
     assert tuple(parts.columns) == COMPONENTS and ((parts >= 0) & (parts <= 1)).all().all()
 
 
@@ -129,18 +129,18 @@ def test_gold_does_not_depend_on_the_batch(pairs):
 
 
 def test_gold_refuses_unequal_lengths():
-    with pytest.raises(ValueError, match="2 tweets but 1 replies"):
+    with pytest.raises(ValueError, match="2 posts but 1 replies"):
         gold_appeal(["a", "b"], ["c"])
 
 
-def exploits(tweet: str, rng: np.random.Generator) -> dict[str, str]:
+def exploits(post: str, rng: np.random.Generator) -> dict[str, str]:
     """Texts that a careless reward would like."""
-    topic = next(t for t in TOPICS if any(e in tweet for e in t.entity + t.part + t.act))
+    topic = next(t for t in TOPICS if any(e in post for e in t.entity + t.part + t.act))
     words = sorted({w for cores in STRATEGIES.values() for c in cores for w in c.split() if "{" not in w})
     stuffed = list(topic.entity + topic.part + topic.act) + ["maria", "elm street", "friday", "12"]
     cores = [write_reply(write_post(rng), name, rng) for name in ("fact", "humour", "agree")]
     return {
-        "empty": "", "blank": "   ", "echo": tweet, "half echo": " ".join(tweet.split()[:9]), "emoji": "🔥" * 20,
+        "empty": "", "blank": "   ", "echo": post, "half echo": " ".join(post.split()[:9]), "emoji": "🔥" * 20,
         "spam": "follow me for free coins, link in bio!", "generic": "this is great, thanks for sharing!",
         "salad": " ".join(rng.choice(words, 12)), "stuffed": " ".join(rng.permutation(stuffed)[:10]),
         "stuffed with commas": ", ".join(rng.permutation(stuffed)[:8]), "repeated": f"the {topic.entity[0]} " * 8,
@@ -151,8 +151,8 @@ def exploits(tweet: str, rng: np.random.Generator) -> dict[str, str]:
 
 def test_exploits_score_low(pairs):
     rng = np.random.default_rng(0)
-    rows = [(tweet, name, text) for tweet in pairs["tweet"].drop_duplicates().head(150)
-            for name, text in exploits(tweet, rng).items()]
+    rows = [(post, name, text) for post in pairs["tweet"].drop_duplicates().head(150)
+            for name, text in exploits(post, rng).items()]
     frame = pd.DataFrame(rows, columns=["tweet", "name", "reply"])
     frame["gold"] = gold_appeal(frame["tweet"], frame["reply"])
     worst = frame.groupby("name")["gold"].max()
@@ -162,10 +162,10 @@ def test_exploits_score_low(pairs):
 
 
 def test_mixing_every_strategy_does_not_pay():
-    tweet = "hot take: nobody needs the milk foam in mill lane any more. change my mind, tom."
+    post = "hot take: nobody needs the milk foam in mill lane any more. change my mind, tom."
     counter = "fair, but the milk foam has another side. ask grace from oak park."
     mixed = "fair, but the milk foam has another side. plot twist, well done, records say when i was ten."
-    assert gold_appeal([tweet], [counter])[0] > 1.5 * gold_appeal([tweet], [mixed])[0]
+    assert gold_appeal([post], [counter])[0] > 1.5 * gold_appeal([post], [mixed])[0]
 
 
 def test_gold_follows_the_post_not_only_the_reply():

@@ -13,7 +13,7 @@ from grpo_engage.evaluation.training_path import training_path
 class Longer:
     """A judge for whom length is all."""
 
-    def logits(self, tweets, replies):
+    def logits(self, posts, replies):
         return np.array([float(len(reply)) for reply in replies])
 
 
@@ -22,8 +22,8 @@ def run(tmp_path, monkeypatch):
     """Three watched arms (two without KL), one that was not; 2 posts, 2 replies each, looks after 0 and 4 updates."""
     monkeypatch.setattr("grpo_engage.train.watching.EngagementRewardModel.load", lambda folder: Longer())
     pairs = simulate_pairs(12, seed=2).assign(split="validation").reset_index(drop=True)
-    tweets = pairs["tweet"].drop_duplicates().iloc[:2].tolist()
-    looks = pd.DataFrame([{"step": step, "post": post, "sample": sample, "tweet": tweets[post],
+    posts = pairs["tweet"].drop_duplicates().iloc[:2].tolist()
+    looks = pd.DataFrame([{"step": step, "post": post, "sample": sample, "tweet": posts[post],
                            "reply": "ok" * (1 + step + 3 * post + sample), "proxy": 0.1 * (step + post + 2 * sample)}
                           for step in (0, 4) for post in (0, 1) for sample in (0, 1)])
     log = pd.DataFrame({"step": [1, 2, 3, 4], "kl": [0.0, 0.2, 0.4, 0.6]})

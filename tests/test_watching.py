@@ -39,7 +39,7 @@ class KillLogging(TrainerCallback):
             raise Killed
 
 
-def longer(tweets, replies):
+def longer(posts, replies):
     return np.array([len(reply) / 200 for reply in replies])
 
 
@@ -147,7 +147,7 @@ def test_reward_up_while_judge_falls_is_said_once(base, pairs, tmp_path, capsys)
     now = {}
 
     def drift(sign):
-        def score(tweets, replies):
+        def score(posts, replies):
             if sign > 0:
                 now["look"] = next(looks)
             noise = np.array([(hash_of * 37 % 11) / 1000 for hash_of in range(len(replies))])
@@ -175,13 +175,13 @@ class Faulty:
     def __init__(self, at):
         self.at, self.calls, self.fault = at, 0, None
 
-    def __call__(self, tweets, replies):
+    def __call__(self, posts, replies):
         self.calls += len(replies) > 1
         if self.calls == self.at and self.fault is None:
-            self.fault = tweets[1], replies[1]
-        if self.fault and self.fault in zip(tweets, replies, strict=True):
+            self.fault = posts[1], replies[1]
+        if self.fault and self.fault in zip(posts, replies, strict=True):
             raise ZeroDivisionError("no such thing")
-        return brevity(tweets, replies)
+        return brevity(posts, replies)
 
 
 def test_a_run_goes_on_once_its_reward_is_mended(base, pairs, watch, watched, tmp_path):
@@ -193,9 +193,9 @@ def test_a_run_goes_on_once_its_reward_is_mended(base, pairs, watch, watched, tm
     assert (tmp_path / "checkpoints" / "checkpoint-3").exists()  # regular ones come every second step
     calls = []
 
-    def mended(tweets, replies):
+    def mended(posts, replies):
         calls.append(len(replies))
-        return brevity(tweets, replies)
+        return brevity(posts, replies)
 
     hybrid(base, pairs, tmp_path, mended, watch=watch)
     assert len(calls) == 1  # nothing that was trained is trained again
@@ -204,11 +204,11 @@ def test_a_run_goes_on_once_its_reward_is_mended(base, pairs, watch, watched, tm
 
 @pytest.mark.parametrize(("looks", "step"), [(1, 3), (2, 4)])  # the last step is looked at though it is no third one
 def test_a_watched_score_that_raises_stops_at_a_checkpoint_too(base, pairs, watch, watched, tmp_path, looks, step):
-    def faulty(tweets, replies):
+    def faulty(posts, replies):
         if len(looked) == looks:
             raise ZeroDivisionError("no judge")
         looked.append(1)
-        return longer(tweets, replies)
+        return longer(posts, replies)
 
     looked = []
     with pytest.raises(RewardError, match=f"watched judge raised ZeroDivisionError: no judge .step {step}"):

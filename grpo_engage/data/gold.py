@@ -208,21 +208,21 @@ def _fluency(pairs: list, triples: list, known_pairs: frozenset, known_triples: 
     return float(share**3)
 
 
-def gold_components(tweets: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
+def gold_components(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
     """The components of gold appeal, one row a pair, columns `COMPONENTS`, each in [0, 1]. ValueError: lengths."""
-    if len(tweets) != len(replies):
-        raise ValueError(f"gold_appeal: {len(tweets)} tweets but {len(replies)} replies; pass one tweet for each reply")
-    rows = [_components(read_post(tweet), reply) for tweet, reply in zip(tweets, replies, strict=True)]
+    if len(posts) != len(replies):
+        raise ValueError(f"gold_appeal: {len(posts)} posts but {len(replies)} replies; pass one post for each reply")
+    rows = [_components(read_post(post_text), reply) for post_text, reply in zip(posts, replies, strict=True)]
     return pd.DataFrame(rows, columns=list(COMPONENTS), dtype=float)
 
 
-def gold_appeal(tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
-    """Gold appeal in [0, 1] of each reply to its tweet, (n,): a fixed function of the two texts and nothing else.
+def gold_appeal(posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    """Gold appeal in [0, 1] of each reply to its post, (n,): a fixed function of the two texts and nothing else.
 
     gates x sqrt(fit x relevance) x (0.65 + 0.25 specificity + 0.10 novelty); gates are length, fluency and novelty
     below a half. Any text is scored (empty: 0). No learner may call it: it is the simulator's truth, for evaluation.
     """
-    c = gold_components(tweets, replies)
+    c = gold_components(posts, replies)
     gates = c["length"] * c["fluency"] * np.minimum(1.0, 2 * c["novelty"])
     value = gates * np.sqrt(c["fit"] * c["relevance"]) * (0.65 + 0.25 * c["specificity"] + 0.10 * c["novelty"])
     return np.clip(value.to_numpy(dtype=float), 0.0, 1.0)

@@ -39,7 +39,7 @@ def require_within_post_pairs(pairs: pd.DataFrame, label: str = "reply_likes", n
 
 def separate_posts(pairs: pd.DataFrame) -> pd.DataFrame:
     """Give each post its own conversation_id where one id covers several post texts (a thread, as X counts them)."""
-    post = pairs.tweet.map({tweet: derive_conversation_id(tweet) for tweet in pairs.tweet.unique()})
+    post = pairs.tweet.map({post_text: derive_conversation_id(post_text) for post_text in pairs.tweet.unique()})
     several = post.groupby(pairs.conversation_id).transform("nunique") > 1
     return pairs.assign(conversation_id=pairs.conversation_id.where(~several, pairs.conversation_id + "-" + post))
 

@@ -153,9 +153,9 @@ def parse_meta(value: Any) -> str:
     return text
 
 # %% ../../nbs/data/03_rows.ipynb #c019
-def derive_conversation_id(tweet: str) -> str:
+def derive_conversation_id(post: str) -> str:
     """A stable id for a post without one: a hash of its text (Unicode NFC, white space collapsed)."""
-    canonical = " ".join(unicodedata.normalize("NFC", tweet).split())
+    canonical = " ".join(unicodedata.normalize("NFC", post).split())
     return "t" + hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

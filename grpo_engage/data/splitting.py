@@ -110,7 +110,7 @@ def split_conversations(
 def near_copies(pairs: pd.DataFrame, threshold: float = 0.8, min_words: int = 5) -> pd.DataFrame:
     """Near-copies of a post (cosine in [`threshold`, 1]) or a reply (equal after normalise_text) in different splits.
 
-    `pairs` needs `split`. Columns: kind (tweet, reply), similarity, and for both sides split, conversation, row; a text
+    `pairs` needs `split`. Columns: kind (post, reply), similarity, and for both sides split, conversation, row; a text
     that occurs often is listed once per pair of splits. Time grows with the square of the posts (5,000: seconds).
     """
     keep = ["split", "conversation_id", "row"]

@@ -150,17 +150,17 @@ def generate_part(run_dir: Path, job: Job, posts: pd.DataFrame, sampling: Mappin
     else:
         base, loading = read_policy(run_dir), loading_options(policy)
         model, tokenizer = load_adapted(base, adapter, **loading) if adapter else load_policy(base, **loading)
-        tweets = posts["tweet"].tolist()
+        post_texts = posts["tweet"].tolist()
         options = {"instruction": instruction} if job.arm == "prompted" else {}
-        if options and format_prompt(tweets[0], tokenizer, instruction) == format_prompt(tweets[0], tokenizer):
+        if options and format_prompt(post_texts[0], tokenizer, instruction) == format_prompt(post_texts[0], tokenizer):
             return pd.DataFrame(columns=COLUMNS), {}, ("prompted: left out, because this policy's prompt format has no "
                                                        "place for an instruction, so it would be base again")
-        made = generate_replies(model, tokenizer, tweets, seed=sampling_seed, label=f"{label}: batches", **settings,
+        made = generate_replies(model, tokenizer, post_texts, seed=sampling_seed, label=f"{label}: batches", **settings,
                                 **options)
         sampled = float(made["n_tokens"].sum())
         if ranked is not None:
             texts = made["text"].tolist()
-            made = best_of_each(made, ranked([tweets[post] for post in made["post"]], texts), job.best_of)
+            made = best_of_each(made, ranked([post_texts[post] for post in made["post"]], texts), job.best_of)
     seconds = math.nan if job.arm == "real" else time.monotonic() - start
     frame = pd.DataFrame({
         "arm": job.arm, "kind": job.kind, "seed": job.seed, "split": job.split,

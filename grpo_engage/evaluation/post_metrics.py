@@ -41,34 +41,34 @@ def _spans_of_training(training: tuple[str, ...]) -> CopiedSpans:
 
 
 @lru_cache(maxsize=1024)
-def _spans_of_post(tweet: str) -> CopiedSpans:
-    return CopiedSpans([tweet])
+def _spans_of_post(post: str) -> CopiedSpans:
+    return CopiedSpans([post])
 
 
-def _read_replies(tweets: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]],
+def _read_replies(posts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]],
                   training: tuple[str, ...]) -> pd.DataFrame:
-    counts = count_pairs(tweets, texts)
-    table = guard_flags(tweets, texts, counts).add_prefix("guard_").join(
-        safety_flags(tweets, texts, counts).add_prefix("safety_"))
+    counts = count_pairs(posts, texts)
+    table = guard_flags(posts, texts, counts).add_prefix("guard_").join(
+        safety_flags(posts, texts, counts).add_prefix("safety_"))
     in_training = _spans_of_training(training)
     return table.assign(
         rouge_l=[rouge_l(text, real) for text, real in zip(texts, references, strict=True)],
         n_words=[len(words(text)) for text in texts],
-        copied_from_post=[_spans_of_post(tweet).longest(text) for tweet, text in zip(tweets, texts, strict=True)],
+        copied_from_post=[_spans_of_post(post).longest(text) for post, text in zip(posts, texts, strict=True)],
         copied_from_training=[in_training.longest(text) if training else math.nan for text in texts])
 
 
-def read_replies(tweets: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]],
+def read_replies(posts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]],
                  training: Sequence[str] = (), n_jobs: int | None = None) -> pd.DataFrame:
     """What can be read off each reply, (n, 15): guard_* (bool), safety_* (1.0, 0.0 or NaN), rouge_l ([0, 1], against
     the best of its `references`), n_words, copied_from_post and copied_from_training (longest shared span, words).
 
-    tweets, texts: n each. references: n lists of real replies. training: replies that the arms were trained on; without
+    posts, texts: n each. references: n lists of real replies. training: replies that the arms were trained on; without
     one copied_from_training is NaN. n_jobs: processes. Raises as `count_pairs` and `rouge_l` do.
     """
     size = 2000
     frozen = tuple(training)
-    chunks = [(tweets[start:start + size], texts[start:start + size], references[start:start + size], frozen)
+    chunks = [(posts[start:start + size], texts[start:start + size], references[start:start + size], frozen)
               for start in range(0, len(texts), size)]
     parts = in_processes(_read_replies, chunks, len(texts), n_jobs, "reading replies, chunks of 2,000")
     return pd.concat(parts or [_read_replies([], [], [], frozen)], ignore_index=True)

@@ -99,7 +99,7 @@ def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mappi
         raise ValueError(f"generations.parquet holds {len(missing)} posts that are not in data/pairs.parquet "
                          f"(the first: {min(missing)!r}); generate again with this data")
     where = index.loc[generations["post"]].to_numpy()
-    tweets, texts = posts["tweet"].to_numpy()[where].tolist(), generations["text"].tolist()
+    post_texts, texts = posts["tweet"].to_numpy()[where].tolist(), generations["text"].tolist()
     sizes = posts["replies"].map(len).to_numpy()
     real_tweets, real = posts["tweet"].repeat(sizes).tolist(), posts["replies"].explode().tolist()
     scored = generations.reset_index(drop=True)
@@ -111,13 +111,13 @@ def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mappi
               for post, leave in zip(where, own, strict=True)]
     for name, (raw, compare) in scorers.items():
         references = np.split(np.asarray(raw(real_tweets, real)), np.cumsum(sizes)[:-1])  # scored once for each post
-        scored[name] = np.asarray(compare(np.asarray(raw(tweets, texts)), [
+        scored[name] = np.asarray(compare(np.asarray(raw(post_texts, texts)), [
             references[post] if leave < 0 else np.delete(references[post], leave)
             for post, leave in zip(where, own, strict=True)]))
         if not scored[name].between(0, 1).all():
             raise ValueError(f"{name} gave a score outside [0, 1] or NaN to {scored[name].between(0, 1).sum()} replies")
-    scored["gold"] = gold_appeal(tweets, texts) if is_simulated else math.nan
-    return scored.join(read_replies(tweets, texts, others, training, n_jobs))
+    scored["gold"] = gold_appeal(post_texts, texts) if is_simulated else math.nan
+    return scored.join(read_replies(post_texts, texts, others, training, n_jobs))
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c016
 BLOCKING_GUARDS = ("empty", "echo", "spam", "toxic")  # "generic" is dull, not a failure

@@ -42,7 +42,7 @@ def training_path(run_dir: str | Path, trained: Sequence[tuple[str, int]], pairs
     Raises: FileNotFoundError without the stage reward_model.
     """
     is_simulated = (pairs["source"] == "simulator").all()
-    raw = {clean_text(tweet): tweet for tweet in pairs.loc[pairs["split"] == "validation", "tweet"]}
+    raw = {clean_text(post): post for post in pairs.loc[pairs["split"] == "validation", "tweet"]}
     tables, watched = [], {}
     for arm, seed in trained:
         folder = Path(run_dir) / "train" / arm / f"seed{seed}"
@@ -50,13 +50,13 @@ def training_path(run_dir: str | Path, trained: Sequence[tuple[str, int]], pairs
             log = pd.read_csv(folder / "train_log.csv")
             if "kl" in log and log["kl"].notna().any():
                 watched[arm, seed] = log, pd.read_parquet(folder / "samples.parquet")
-    posts = sorted({raw[tweet] for _, looks in watched.values() for tweet in looks["tweet"]})
+    posts = sorted({raw[post] for _, looks in watched.values() for post in looks["tweet"]})
     judge = model_judge(run_dir, pairs, posts) if posts else None
     for (arm, seed), (log, looks) in watched.items():
-        tweets, replies = [raw[tweet] for tweet in looks["tweet"]], looks["reply"].tolist()
-        scores = {"training reward": looks["proxy"], "judge": judge(tweets, replies)}
+        post_texts, replies = [raw[post] for post in looks["tweet"]], looks["reply"].tolist()
+        scores = {"training reward": looks["proxy"], "judge": judge(post_texts, replies)}
         if is_simulated:
-            scores["gold"] = gold_appeal(tweets, replies)
+            scores["gold"] = gold_appeal(post_texts, replies)
         tidy = looks[["step", "post"]].assign(**scores).melt(["step", "post"], var_name="score")
         by_post = tidy.groupby(["score", "step", "post"], sort=False)["value"].mean()
         table = by_post.groupby(["score", "step"], sort=False).agg(mean="mean", se="sem", posts="size").reset_index()

@@ -132,10 +132,10 @@ def judge_pairs(judge: LlmJudge, pairs: pd.DataFrame, repeats: int = 1) -> pd.Da
     rows = []
     for repeat in range(repeats):
         for row in pairs.to_dict("records"):
-            tweet, reply, other = (row.pop(name) for name in ("tweet", "reply", "other"))
+            post, reply, other = (row.pop(name) for name in ("tweet", "reply", "other"))
             flagged = flag_injection(reply) or flag_injection(other)
             first, second, reason, _ = (math.nan, math.nan, f"flagged, not asked: {flagged}", False) if flagged else (
-                judge.compare(tweet, reply, other, repeat))
+                judge.compare(post, reply, other, repeat))
             rows.append(row | {"repeat": repeat, "shown_first": first, "shown_second": second,
                                "verdict": (first + second) / 2, "flagged": bool(flagged), "reason": reason})
     return pd.DataFrame(rows)
@@ -146,10 +146,10 @@ def judge_replies(judge: LlmJudge, replies: pd.DataFrame, repeats: int = 1) -> p
     rows = []
     for repeat in range(repeats):
         for row in replies.to_dict("records"):
-            tweet, reply = row.pop("tweet"), row.pop("reply")
+            post, reply = row.pop("tweet"), row.pop("reply")
             flagged = flag_injection(reply)
             score, reason = (math.nan, f"flagged, not asked: {flagged}") if flagged else parse_absolute(
-                judge.ask(absolute_messages(tweet, reply), repeat))
+                judge.ask(absolute_messages(post, reply), repeat))
             rows.append(row | {"repeat": repeat, "score": score, "flagged": bool(flagged), "reason": reason})
     return pd.DataFrame(rows)
 

@@ -107,8 +107,8 @@ def pretrain_nano(settings: dict) -> tuple[LlamaForCausalLM, PreTrainedTokenizer
     """
     corpus = nano_corpus(settings["conversations"], settings["seed"])
     tokenizer = nano_tokenizer([*corpus["tweet"].unique(), *corpus["reply"]], settings["vocabulary"])
-    chats = [[{"role": "user", "content": tweet}, {"role": "assistant", "content": reply}]
-             for tweet, reply in zip(corpus["tweet"], corpus["reply"], strict=True)]
+    chats = [[{"role": "user", "content": post}, {"role": "assistant", "content": reply}]
+             for post, reply in zip(corpus["tweet"], corpus["reply"], strict=True)]
     texts = tokenizer.apply_chat_template(chats, tokenize=False)
     rows = [ids[: settings["context"]] for ids in tokenizer(texts)["input_ids"]]
     training = [row for row, heldout in zip(rows, corpus["heldout"], strict=True) if not heldout]

@@ -72,8 +72,8 @@ def clean_text(text: str, tokenizer: PreTrainedTokenizerBase | None = None) -> s
 INSTRUCTION = "You write short, engaging replies to social-media posts."
 
 
-def format_prompt(tweet: str, tokenizer: PreTrainedTokenizerBase, instruction: str = INSTRUCTION) -> str:
-    """The prompt that asks for a reply to `tweet`: text which `tokenizer(text)` turns into exactly the ids to use.
+def format_prompt(post_text: str, tokenizer: PreTrainedTokenizerBase, instruction: str = INSTRUCTION) -> str:
+    """The prompt that asks for a reply to `post_text`: text which `tokenizer(text)` turns into exactly the ids to use.
 
     The only place where a prompt is made: every model, arm, stage and metric calls it. `instruction` differs only for
     the rival that is a better prompt instead of training; some templates (nano's) have no place for it.
@@ -81,7 +81,7 @@ def format_prompt(tweet: str, tokenizer: PreTrainedTokenizerBase, instruction: s
     """
     if not tokenizer.chat_template:
         raise ValueError(f"tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model")
-    post = clean_text(tweet, tokenizer)[:MAX_POST_CHARACTERS]
+    post = clean_text(post_text, tokenizer)[:MAX_POST_CHARACTERS]
     settings = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
     try:
         prompt = tokenizer.apply_chat_template(
@@ -180,12 +180,12 @@ class _SampledLogProbs(LogitsProcessor):
         return scores
 
 
-def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets: Sequence[str], n: int = 1,
+def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, posts: Sequence[str], n: int = 1,
                      temperature: float = 1.0, top_p: float = 1.0, max_new_tokens: int = 28, batch_size: int = 64,
                      seed: int = 0, label: str = "replies, batches", instruction: str = INSTRUCTION) -> pd.DataFrame:
-    """Sample `n` replies to each of `tweets`.
+    """Sample `n` replies to each of `posts`.
 
-    Returns one row per reply, in order: post (index into `tweets`), sample (0 … n-1), text (cleaned), n_tokens (sampled
+    Returns one row per reply, in order: post (index into `posts`), sample (0 … n-1), text (cleaned), n_tokens (sampled
     tokens, the end token included), finish_reason ("stop": it ended itself, "length": it was cut), log_prob (nats: sum
     over those tokens, under the distribution sampled from, temperature and top_p included).
     Batch b draws from the stream (seed, b): the same arguments give the same replies, whatever was sampled before.
@@ -200,7 +200,7 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     # temperature and top_p are applied by _SampledLogProbs, in transformers' own order
     settings = GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=ends,
                                 max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-    prompts = [format_prompt(tweet, tokenizer, instruction) for tweet in tweets]
+    prompts = [format_prompt(post_text, tokenizer, instruction) for post_text in posts]
     jobs = [(post, sample) for post in range(len(prompts)) for sample in range(n)]
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     was_training = model.training
@@ -227,7 +227,7 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     return pd.DataFrame(rows, columns=["post", "sample", "text", "n_tokens", "finish_reason", "log_prob"])
 
 # %% ../../nbs/04_policy.ipynb #c018
-def reply_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets: Sequence[str],
+def reply_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, posts: Sequence[str],
               replies: Sequence[str], batch_size: int = 16) -> pd.DataFrame:
     """NLL of each reply given its post: columns nll (nats, summed over its tokens and the end token) and n_tokens.
 
@@ -236,9 +236,9 @@ def reply_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tweets
     rows = []
     was_training = model.training
     model.eval()
-    for start in range(0, len(tweets), batch_size):
-        pairs = list(zip(tweets[start : start + batch_size], replies[start : start + batch_size], strict=True))
-        before = [tokenizer(format_prompt(tweet, tokenizer))["input_ids"] for tweet, _ in pairs]
+    for start in range(0, len(posts), batch_size):
+        pairs = list(zip(posts[start : start + batch_size], replies[start : start + batch_size], strict=True))
+        before = [tokenizer(format_prompt(post, tokenizer))["input_ids"] for post, _ in pairs]
         after = [tokenizer(clean_text(reply, tokenizer), add_special_tokens=False)["input_ids"]
                  + [tokenizer.eos_token_id] for _, reply in pairs]
         width = max(len(p) + len(r) for p, r in zip(before, after, strict=True))

@@ -53,19 +53,19 @@ def best_of_n_stage(run_dir: Path, *, best_of_n_posts: int = 24, best_of_n_repli
         made = policy.generate_replies(*loaded, posts["tweet"].tolist(), n=best_of_n_replies, batch_size=256,
                                        temperature=temperature, max_new_tokens=max_new_tokens,
                                        seed=child_seed(seed, "candidates"), label="candidates, batches")
-        tweets, replies = posts["tweet"].to_numpy()[made["post"]].tolist(), made["text"].tolist()
-        heuristic = HeuristicReward().explain(tweets, replies)
-        learned, doubt = EngagementRewardModel.load(models / "reward").score_and_uncertainty(tweets, replies)
-        targets = {"judge": EngagementRewardModel.load(models / "judge").score(tweets, replies)}
+        post_texts, replies = posts["tweet"].to_numpy()[made["post"]].tolist(), made["text"].tolist()
+        heuristic = HeuristicReward().explain(post_texts, replies)
+        learned, doubt = EngagementRewardModel.load(models / "reward").score_and_uncertainty(post_texts, replies)
+        targets = {"judge": EngagementRewardModel.load(models / "judge").score(post_texts, replies)}
         if (pairs["source"] == "simulator").all():
-            targets["gold"] = gold_appeal(tweets, replies)
+            targets["gold"] = gold_appeal(post_texts, replies)
         proxies = {name: scores.reshape(len(posts), -1) for name, scores in
                    competing_rewards(heuristic["score"].to_numpy(), learned, doubt).items()}
         square = {name: scores.reshape(len(posts), -1) for name, scores in targets.items()}
         table = curves(proxies, square, seed=seed)
         peaks = pd.DataFrame([{"proxy": proxy, "target": target} | fit_peak(part)
                               for (proxy, target), part in table.groupby(["proxy", "target"], sort=False)])
-        examples = misjudged(pd.DataFrame({"tweet": tweets, "reply": replies}), learned,
+        examples = misjudged(pd.DataFrame({"tweet": post_texts, "reply": replies}), learned,
                              targets.get("gold", targets["judge"]),
                              heuristic[["guard", *DEFAULT_WEIGHTS]].assign(uncertainty=doubt), n=20)
         sizes = sorted({n for n in (16, best_of_n_replies) if n <= best_of_n_replies})

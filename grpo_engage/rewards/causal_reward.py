@@ -43,8 +43,8 @@ def preference_dataset(pairs: pd.DataFrame, found: pd.DataFrame, tokenizer, pair
 
     def texts(positions: pd.Series) -> list[str]:
         part = pairs.iloc[positions.to_numpy()]
-        return [format_prompt(tweet, tokenizer) + clean_text(reply, tokenizer)
-                for tweet, reply in zip(part["tweet"], part["reply"], strict=True)]
+        return [format_prompt(post, tokenizer) + clean_text(reply, tokenizer)
+                for post, reply in zip(part["tweet"], part["reply"], strict=True)]
 
     return Dataset.from_dict({"chosen": texts(rows["better"]), "rejected": texts(rows["worse"]),
                               "margin": (-rows["offset"]).tolist()})
@@ -58,7 +58,7 @@ def _classifier(base: str | Path, tokenizer):
 
 
 class CausalReward:
-    """A causal language model with one output. `logits` and `score` (tweets, replies) -> (n,) float64.
+    """A causal language model with one output. `logits` and `score` (posts, replies) -> (n,) float64.
 
     model: from `train_causal_reward` or `load`; quantiles: (101,) of the training replies' logits.
     """
@@ -67,13 +67,13 @@ class CausalReward:
         self.model, self.tokenizer, self.facts = model.eval(), tokenizer, facts or {}
         self.quantiles = np.asarray(quantiles, dtype=float)
 
-    def logits(self, tweets: Sequence[str], replies: Sequence[str], batch_size: int = 32) -> np.ndarray:
+    def logits(self, posts: Sequence[str], replies: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """Bradley–Terry scores; differences are log-odds between replies to one post. ValueError: unequal lengths."""
-        if len(tweets) != len(replies):
-            raise ValueError(f"{len(tweets)} tweets but {len(replies)} replies: give one tweet for each reply")
+        if len(posts) != len(replies):
+            raise ValueError(f"{len(posts)} posts but {len(replies)} replies: give one post for each reply")
         end = self.tokenizer.eos_token
-        texts = [format_prompt(tweet, self.tokenizer) + clean_text(reply, self.tokenizer) + end
-                 for tweet, reply in zip(tweets, replies, strict=True)]
+        texts = [format_prompt(post, self.tokenizer) + clean_text(reply, self.tokenizer) + end
+                 for post, reply in zip(posts, replies, strict=True)]
         order = sorted(range(len(texts)), key=lambda place: (len(texts[place]), texts[place]))
         found = np.zeros(len(texts))
         for start in range(0, len(order), batch_size):
@@ -85,9 +85,9 @@ class CausalReward:
             found[chosen] = values.squeeze(-1).float().cpu().numpy()
         return found
 
-    def score(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def score(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Probability of beating a random training reply, (n,) in [0, 1]."""
-        return expit(self.logits(tweets, replies)[:, None] - self.quantiles[None, :]).mean(axis=1)
+        return expit(self.logits(posts, replies)[:, None] - self.quantiles[None, :]).mean(axis=1)
 
     @classmethod
     def load(cls, base: str | Path, folder: Path) -> "CausalReward":

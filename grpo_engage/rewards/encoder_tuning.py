@@ -66,9 +66,9 @@ class TunedMiniLMBackbone(MiniLMBackbone):
         place = {text: index for index, text in enumerate(unique)}
         return found[[place[text] for text in cleaned]].astype(np.float32)
 
-    def tune(self, tweets: Sequence[str], replies: Sequence[str], pairs: pd.DataFrame, seed: int,
+    def tune(self, post_texts: Sequence[str], replies: Sequence[str], pairs: pd.DataFrame, seed: int,
              posts_per_step: int = 12, max_replies: int = 16) -> "TunedMiniLMBackbone":
-        """Train the adapter on `pairs` (as from `training_pairs`; positions in tweets and replies).
+        """Train the adapter on `pairs` (as from `training_pairs`; positions in posts and replies).
 
         Raises: ValueError without a pair, FloatingPointError when the loss is no longer finite.
         """
@@ -95,8 +95,8 @@ class TunedMiniLMBackbone(MiniLMBackbone):
                 chosen, order = order[:posts_per_step], order[posts_per_step:]
                 rows = pd.concat([_thinned(groups[index], max_replies, random) for index in chosen])
                 members = np.union1d(rows["better"], rows["worse"])
-                texts = [*dict.fromkeys(tweets[member] for member in members)]
-                posts = self._vectors(texts)[[texts.index(tweets[member]) for member in members]]
+                texts = [*dict.fromkeys(post_texts[member] for member in members)]
+                posts = self._vectors(texts)[[texts.index(post_texts[member]) for member in members]]
                 answers = self._vectors([replies[member] for member in members])
                 scores = head(torch.cat([answers, posts, answers * posts * EMBEDDING_SIZE**0.5], dim=1)
                               * EMBEDDING_SIZE**0.5).squeeze(-1).cpu()

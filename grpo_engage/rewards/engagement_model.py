@@ -69,18 +69,18 @@ class EngagementRewardModel:
         Raises: ValueError for NaN or constant labels, unequal lengths, or fewer than two posts with a pair.
         """
         found = self._pairs(pairs, labels, seed)
-        tweets, replies = pairs["tweet"].tolist(), pairs["reply"].tolist()
-        self.backbone.fit([*tweets, *replies], child_seed(seed, "backbone") % 2**31)
+        post_texts, replies = pairs["tweet"].tolist(), pairs["reply"].tolist()
+        self.backbone.fit([*post_texts, *replies], child_seed(seed, "backbone") % 2**31)
         if isinstance(self.backbone, TunedMiniLMBackbone):
             posts = np.random.default_rng(child_seed(seed, "halves")).permutation(found["conversation"].unique())
             first = found["conversation"].isin(posts[:len(posts) // 2])
             if first.all() or found.loc[~first, "conversation"].nunique() < 2:
                 raise ValueError(f"{len(posts)} posts with a pair are too few to tune an encoder on half of them and "
                                  "train the networks on the rest; at least 3 are needed")
-            self.backbone.tune(tweets, replies, found[first], child_seed(seed, "tuning"))
+            self.backbone.tune(post_texts, replies, found[first], child_seed(seed, "tuning"))
             found = found[~first]
-        evidence = self.evidence.fit_transform(tweets, replies, child_seed(seed, "evidence"))
-        features = pair_features(self.backbone, tweets, replies, evidence)
+        evidence = self.evidence.fit_transform(post_texts, replies, child_seed(seed, "evidence"))
+        features = pair_features(self.backbone, post_texts, replies, evidence)
         self.center, self.scale = features.mean(axis=0), features.std(axis=0) + 1e-6
         self.training_features = self._standard(features)
         self._train(self.training_features, found, seed, held_out)
@@ -134,42 +134,42 @@ class EngagementRewardModel:
             return np.array([network(standard).squeeze(-1).numpy().astype(np.float64) * factor
                              for network, factor in zip(self.networks, self.factors, strict=True)])
 
-    def features(self, tweets: Sequence[str], replies: Sequence[str]) -> torch.Tensor:
+    def features(self, posts: Sequence[str], replies: Sequence[str]) -> torch.Tensor:
         """What the networks read, (n, p) float32, standardised on the training replies and cut at 6 deviations."""
-        return self._standard(pair_features(self.backbone, tweets, replies, self.evidence.transform(tweets, replies)))
+        return self._standard(pair_features(self.backbone, posts, replies, self.evidence.transform(posts, replies)))
 
-    def member_logits(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def member_logits(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Bradley–Terry scores of each member of the ensemble, (members, n) float64.
 
         Raises: ValueError before `fit` or `load` and for unequal lengths; TypeError when an item is not a string.
         """
         if not self.networks:
             raise ValueError("the reward model is not trained: call fit(pairs, labels) or EngagementRewardModel.load")
-        return self._members(self.features(tweets, replies))
+        return self._members(self.features(posts, replies))
 
-    def logits(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def logits(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Bradley–Terry scores (n,) float64, unbounded: differences are log-odds between replies to one post. The mean
         over the ensemble. Raises as `member_logits`."""
-        return self.member_logits(tweets, replies).mean(axis=0)
+        return self.member_logits(posts, replies).mean(axis=0)
 
     def logits_of(self, features: torch.Tensor) -> np.ndarray:
         """`logits` from what `features` returned: several models on one set of features read the texts once."""
         return self._members(features).mean(axis=0)
 
-    def score(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def score(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Probability of beating a random training reply, (n,) in [0, 1]; within a post it orders as `logits` does."""
-        return expit(self.logits(tweets, replies)[:, None] - self.quantiles[-1][None, :]).mean(axis=1)
+        return expit(self.logits(posts, replies)[:, None] - self.quantiles[-1][None, :]).mean(axis=1)
 
-    def score_and_uncertainty(self, tweets: Sequence[str], replies: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    def score_and_uncertainty(self, posts: Sequence[str], replies: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """`score` and `uncertainty` of the same replies for the price of one."""
-        values = self.member_logits(tweets, replies)
+        values = self.member_logits(posts, replies)
         own = np.array([expit(row[:, None] - quantiles[None, :]).mean(axis=1)
                         for row, quantiles in zip(values, self.quantiles[:-1], strict=True)])
         return expit(values.mean(axis=0)[:, None] - self.quantiles[-1][None, :]).mean(axis=1), own.std(axis=0)
 
-    def uncertainty(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def uncertainty(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Standard deviation over the ensemble of the members' own scores, (n,) in [0, 0.5]; 0 with one member."""
-        return self.score_and_uncertainty(tweets, replies)[1]
+        return self.score_and_uncertainty(posts, replies)[1]
 
     def save(self, folder: Path) -> None:
         """Write model.safetensors and config.json into `folder` (replacing it)."""

@@ -67,14 +67,14 @@ def guards(counts: pd.DataFrame) -> pd.DataFrame:
     })
 
 # %% ../../nbs/02_heuristic_reward.ipynb #c018
-def guard_flags(tweets: Sequence[str], replies: Sequence[str], counts: pd.DataFrame | None = None) -> pd.DataFrame:
+def guard_flags(posts: Sequence[str], replies: Sequence[str], counts: pd.DataFrame | None = None) -> pd.DataFrame:
     """Whether each reply is empty (no words), an echo, spam (links, promotion, floods, repetition, word salad, control
     characters, wrong language, overlong, addressed to a judge), generic, or toxic: (n, 5) booleans.
 
     counts: their `count_pairs`, where it is known already. Raises ValueError for unequal lengths and TypeError for
     entries that are no strings.
     """
-    counts = count_pairs(tweets, replies) if counts is None else counts
+    counts = count_pairs(posts, replies) if counts is None else counts
     factor = guards(counts)
     return pd.DataFrame({
         "empty": factor["empty"] == 0,
@@ -103,14 +103,14 @@ class HeuristicReward:
             raise ValueError(f"weights must be finite, at least 0, and not all 0; got {bad or merged}")
         self.weights = {name: value / sum(merged.values()) for name, value in merged.items()}
 
-    def __call__(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def __call__(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Scores (n,) in [0, 1] of n replies to n posts. Raises as `count_pairs` does."""
-        return self.explain(tweets, replies)["score"].to_numpy()
+        return self.explain(posts, replies)["score"].to_numpy()
 
-    def explain(self, tweets: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
+    def explain(self, posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
         """One row a pair: each component, its weight_* and contribution_*, each guard_*, their product `guard`, and
         `score`. The contributions are after the guards and sum to the score."""
-        counts = count_pairs(tweets, replies)
+        counts = count_pairs(posts, replies)
         parts, factors = components(counts), guards(counts)
         guard = factors.prod(axis=1)
         weights = pd.Series(self.weights)
@@ -145,16 +145,16 @@ def pairwise_accuracy(scores: np.ndarray, higher: np.ndarray, lower: np.ndarray)
     return (np.sign(np.asarray(scores)[higher] - np.asarray(scores)[lower]) + 1) / 2
 
 # %% ../../nbs/02_heuristic_reward.ipynb #c032
-def exploit_table(reward, tweets: Sequence[str], real_scores: Sequence[float], seed: int = 0) -> pd.DataFrame:
+def exploit_table(reward, posts: Sequence[str], real_scores: Sequence[float], seed: int = 0) -> pd.DataFrame:
     """One row an exploit: median and 95th percentile of its scores over the posts, the 25th percentile of the real
     replies' scores, the share of posts where it stays below that, and whether median <= 0.3 and < that percentile.
 
-    reward: batch function (tweets, replies) -> (n,); tweets: different posts; real_scores: scores of real replies.
+    reward: batch function (posts, replies) -> (n,); posts: different ones; real_scores: scores of real replies.
     """
     threshold = float(np.percentile(real_scores, 25))
     rows = []
-    for name, replies in exploit_replies(tweets, seed).items():
-        scores = reward(tweets, replies)
+    for name, replies in exploit_replies(posts, seed).items():
+        scores = reward(posts, replies)
         median = float(np.median(scores))
         rows.append({
             "exploit": name, "median": median, "p95": float(np.percentile(scores, 95)), "real_p25": threshold,

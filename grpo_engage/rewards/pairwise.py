@@ -65,17 +65,17 @@ def training_pairs(conversations: Sequence, labels: pd.DataFrame, min_gap: float
     return pd.concat(found, ignore_index=True)
 
 # %% ../../nbs/rewards/04_pairwise.ipynb #c013
-def pair_features(backbone, tweets: Sequence[str], replies: Sequence[str], evidence: np.ndarray) -> np.ndarray:
+def pair_features(backbone, posts: Sequence[str], replies: Sequence[str], evidence: np.ndarray) -> np.ndarray:
     """Features of n pairs, (n, 3d + 1 + e) float32: reply, post, product, cosine, and evidence (n, e).
 
     backbone: has `encode(texts) -> (n, d)` unit vectors; evidence: from `text_evidence.TextEvidence`. Raises:
     ValueError for unequal lengths, TypeError for no text.
     """
-    tweets, replies = as_texts(tweets, "tweets"), as_texts(replies, "replies")
-    if len(tweets) != len(replies):
-        raise ValueError(f"{len(tweets)} tweets but {len(replies)} replies: give one tweet for each reply")
-    vectors = backbone.encode([*tweets, *replies])  # one call: a post that many replies share is encoded once
-    post, reply = vectors[:len(tweets)], vectors[len(tweets):]
+    posts, replies = as_texts(posts, "posts"), as_texts(replies, "replies")
+    if len(posts) != len(replies):
+        raise ValueError(f"{len(posts)} posts but {len(replies)} replies: give one post for each reply")
+    vectors = backbone.encode([*posts, *replies])  # one call: a post that many replies share is encoded once
+    post, reply = vectors[:len(posts)], vectors[len(posts):]
     product = post * reply
     return np.concatenate([reply, post, product, product.sum(axis=1, keepdims=True), evidence], axis=1)
 

@@ -61,7 +61,7 @@ def beat_probability(logits: Sequence[float], reference_logits: Sequence[Sequenc
 # %% ../../nbs/03_reward_model.ipynb #c009
 class CombinedReward:
     """w_learned x (learned - penalty x uncertainty) + (1 - w_learned) x heuristic score: a batch call
-    (tweets, replies) -> (n,) in [0, 1]. Raises TypeError for a model that is no EngagementRewardModel."""
+    (posts, replies) -> (n,) in [0, 1]. Raises TypeError for a model that is no EngagementRewardModel."""
 
     def __init__(self, model: EngagementRewardModel,
                  heuristic: Callable[[Sequence[str], Sequence[str]], np.ndarray] | None = None, w_learned: float = 0.8,
@@ -73,16 +73,16 @@ class CombinedReward:
         self.model, self.heuristic = model, heuristic or HeuristicReward()
         self.w_learned, self.penalty = w_learned, penalty
 
-    def explain(self, tweets: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
+    def explain(self, posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
         """Columns learned, uncertainty, heuristic and score, one row a reply."""
-        learned, uncertainty = self.model.score_and_uncertainty(tweets, replies)
-        heuristic = np.asarray(self.heuristic(list(tweets), list(replies)), dtype=float)
+        learned, uncertainty = self.model.score_and_uncertainty(posts, replies)
+        heuristic = np.asarray(self.heuristic(list(posts), list(replies)), dtype=float)
         careful = np.clip(learned - self.penalty * uncertainty, 0, 1)
         score = self.w_learned * careful + (1 - self.w_learned) * heuristic
         return pd.DataFrame({"learned": learned, "uncertainty": uncertainty, "heuristic": heuristic, "score": score})
 
-    def __call__(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
-        return self.explain(tweets, replies)["score"].to_numpy()
+    def __call__(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+        return self.explain(posts, replies)["score"].to_numpy()
 
 # %% ../../nbs/03_reward_model.ipynb #c013
 def _label(pairs: pd.DataFrame, retweet_weight: float, reference_quantile: float) -> tuple[pd.DataFrame, dict]:
@@ -129,11 +129,11 @@ def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, held_log
 
 def _misjudged(held: pd.DataFrame, reward: EngagementRewardModel, judge: np.ndarray) -> pd.DataFrame:
     """Over- and under-rated replies by the combined reward, against gold appeal or, on real data, the judge."""
-    tweets, replies = held["tweet"].tolist(), held["reply"].tolist()
+    posts, replies = held["tweet"].tolist(), held["reply"].tolist()
     simulated = (held["source"] == "simulator").all()
-    parts = CombinedReward(reward).explain(tweets, replies)
-    rules = HeuristicReward().explain(tweets, replies).drop(columns="score")
-    return misjudged(held, parts["score"], gold_appeal(tweets, replies) if simulated else judge,
+    parts = CombinedReward(reward).explain(posts, replies)
+    rules = HeuristicReward().explain(posts, replies).drop(columns="score")
+    return misjudged(held, parts["score"], gold_appeal(posts, replies) if simulated else judge,
                      parts.drop(columns="score").join(rules[[name for name in rules if name not in parts]]))
 
 
@@ -186,8 +186,8 @@ def reward_model_stage(
         if not len(held):
             raise ValueError(f"{source}: no row is in the split {validate_on!r}; give the data stage more "
                              "conversations")
-        tweets, replies, reward = held["tweet"].tolist(), held["reply"].tolist(), models["reward"]
-        features = {name: model.features(tweets, replies) for name, model in models.items()}
+        posts, replies, reward = held["tweet"].tolist(), held["reply"].tolist(), models["reward"]
+        features = {name: model.features(posts, replies) for name, model in models.items()}
         logits = {name: model.logits_of(features[name]) for name, model in models.items()}
         heuristic = pd.read_parquet(heuristic_scores, columns=["row", "score"]).set_index("row")["score"]
         everything, context = _in_context(run_dir, pairs, pairs[chosen], logits["reward"], labels, reward,

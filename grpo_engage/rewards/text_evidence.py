@@ -128,12 +128,12 @@ class TextEvidence:
         self.counts: list[np.ndarray] = []
         self.towers: _Towers | None = None
 
-    def fit_transform(self, tweets: Sequence[str], replies: Sequence[str], seed: int) -> np.ndarray:
+    def fit_transform(self, post_texts: Sequence[str], replies: Sequence[str], seed: int) -> np.ndarray:
         """Learn from these pairs; their own features, each computed as if the pair had not been among them."""
-        tweets, replies = as_texts(tweets, "tweets"), as_texts(replies, "replies")
+        post_texts, replies = as_texts(post_texts, "posts"), as_texts(replies, "replies")
         tables = [_neighbours(replies, size, self.buckets) for size in (2, 3)]
         self.counts = [np.asarray(table.sum(axis=0), dtype=np.float32).ravel() for table in tables]
-        unique, post_of = np.unique(np.asarray(tweets, dtype=object), return_inverse=True)
+        unique, post_of = np.unique(np.asarray(post_texts, dtype=object), return_inverse=True)
         posts, words = _words(unique, self.buckets), _words(replies, self.buckets)
         self.towers = train_match(posts, words, post_of, seed, self.size)
         match = np.zeros(len(replies), dtype=np.float32)
@@ -144,27 +144,27 @@ class TextEvidence:
                 towers = train_match(posts, words[train], post_of[train], child_seed(seed, "half", str(half)),
                                      self.size)
                 match[judged] = _match(towers, posts, words[judged], post_of[judged])
-        return self._together(tweets, replies, [typicality(table, counts, True) for table, counts in
+        return self._together(post_texts, replies, [typicality(table, counts, True) for table, counts in
                                                 zip(tables, self.counts, strict=True)], match)
 
-    def transform(self, tweets: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def transform(self, post_texts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Features of pairs that were not learned from. Raises: ValueError before `fit_transform` or `restore`."""
         if self.towers is None:
             raise ValueError("the text evidence has not been fitted: call fit_transform, or load a saved model")
-        tweets, replies = as_texts(tweets, "tweets"), as_texts(replies, "replies")
-        if len(tweets) != len(replies):
-            raise ValueError(f"{len(tweets)} tweets but {len(replies)} replies: give one tweet for each reply")
+        post_texts, replies = as_texts(post_texts, "posts"), as_texts(replies, "replies")
+        if len(post_texts) != len(replies):
+            raise ValueError(f"{len(post_texts)} posts but {len(replies)} replies: give one post for each reply")
         if not replies:
             return np.zeros((0, len(TYPICALITY) + 1 + len(COUNTS) + len(TEXT_FEATURES)), dtype=np.float32)
         parts = [typicality(_neighbours(replies, size, self.buckets), counts, False)
                  for size, counts in zip((2, 3), self.counts, strict=True)]
-        unique, post_of = np.unique(np.asarray(tweets, dtype=object), return_inverse=True)
+        unique, post_of = np.unique(np.asarray(post_texts, dtype=object), return_inverse=True)
         match = _match(self.towers, _words(unique, self.buckets), _words(replies, self.buckets), post_of)
-        return self._together(tweets, replies, parts, match)
+        return self._together(post_texts, replies, parts, match)
 
     @staticmethod
-    def _together(tweets, replies, parts: list[np.ndarray], match: np.ndarray) -> np.ndarray:
-        counted = count_pairs(tweets, replies).to_numpy()
+    def _together(post_texts, replies, parts: list[np.ndarray], match: np.ndarray) -> np.ndarray:
+        counted = count_pairs(post_texts, replies).to_numpy()
         return np.concatenate([*parts, match[:, None], counted, text_features(replies)], axis=1).astype(np.float32)
 
     def settings(self) -> dict:

@@ -108,7 +108,7 @@ def by_ratio(scores: np.ndarray, pairs: pd.DataFrame, seed: int) -> list[dict]:
 def control_accuracy(pairs: pd.DataFrame, model, twins: Sequence[np.ndarray], seed: int) -> dict:
     """{shuffled_text, shuffled_labels}: accuracy on clear pairs, each estimate, ci_low, ci_high, n.
 
-    model: has `logits(tweets, replies)`; twins: scores of `pairs` (n,) by each model with shuffled labels.
+    model: has `logits(posts, replies)`; twins: scores of `pairs` (n,) by each model with shuffled labels.
     """
     posts = pairs["conversation_id"].to_numpy()
     higher, lower = clear_pairs(posts, pairs["reply_likes"])

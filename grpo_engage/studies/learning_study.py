@@ -72,19 +72,19 @@ def simplex_settings(parts: int = 3) -> dict[str, Setting]:
 
 # %% ../../nbs/studies/01_learning_study.ipynb #c007
 @torch.inference_mode()
-def kl_of_replies(model, reference, tokenizer, tweets: Sequence[str], replies: Sequence[str], ended: Sequence[bool],
+def kl_of_replies(model, reference, tokenizer, posts: Sequence[str], replies: Sequence[str], ended: Sequence[bool],
                   batch_size: int = 64) -> np.ndarray:
     """Summed KL(model || reference) over the positions of each reply, (n,) nats; its mean over replies that `model`
     sampled at temperature 1 estimates the KL of the replies' distribution.
 
     ended: whether the reply stopped itself, so that its end token counts. Raises: ValueError for unequal lengths.
     """
-    if not len(tweets) == len(replies) == len(ended):
-        raise ValueError(f"{len(tweets)} tweets, {len(replies)} replies and {len(ended)} ends: give one of each")
+    if not len(posts) == len(replies) == len(ended):
+        raise ValueError(f"{len(posts)} posts, {len(replies)} replies and {len(ended)} ends: give one of each")
     found = []
-    for first in range(0, len(tweets), batch_size):
+    for first in range(0, len(posts), batch_size):
         part = slice(first, first + batch_size)
-        before = [tokenizer(format_prompt(tweet, tokenizer))["input_ids"] for tweet in tweets[part]]
+        before = [tokenizer(format_prompt(post, tokenizer))["input_ids"] for post in posts[part]]
         after = [tokenizer(clean_text(reply, tokenizer), add_special_tokens=False)["input_ids"]
                  + [tokenizer.eos_token_id] * bool(end) for reply, end in zip(replies[part], ended[part], strict=True)]
         rows = [torch.tensor(p + r) for p, r in zip(before, after, strict=True)]
@@ -127,14 +127,14 @@ def sample_setting(base: Path, adapter: Path | None, start: Path | None, posts: 
     reference, _ = _merged(base, start)
     made = generate_replies(model, tokenizer, posts["tweet"].tolist(), n_samples, seed=seed, batch_size=256,
                             max_new_tokens=max_new_tokens)
-    tweets, texts = posts["tweet"].to_numpy()[made["post"]].tolist(), made["text"].tolist()
-    guards, few = guard_flags(tweets, texts), np.flatnonzero(made["sample"] < 4)
+    post_texts, texts = posts["tweet"].to_numpy()[made["post"]].tolist(), made["text"].tolist()
+    guards, few = guard_flags(post_texts, texts), np.flatnonzero(made["sample"] < 4)
     kl = np.full(len(made), np.nan)
-    kl[few] = kl_of_replies(model, reference, tokenizer, [tweets[row] for row in few], [texts[row] for row in few],
+    kl[few] = kl_of_replies(model, reference, tokenizer, [post_texts[row] for row in few], [texts[row] for row in few],
                             made["finish_reason"].iloc[few].eq("stop").tolist())
     return pd.DataFrame({
         "post": posts["post"].to_numpy()[made["post"]], "sample": made["sample"], "text": texts,
-        "gold": gold_appeal(tweets, texts), "reward": reward(tweets, texts),
+        "gold": gold_appeal(post_texts, texts), "reward": reward(post_texts, texts),
         "ok": ~guards[list(BLOCKING_GUARDS)].any(axis=1).to_numpy(),
         "kl": kl,
         "rouge_l": [rouge_l(text, posts["replies"].iloc[post])
@@ -143,8 +143,8 @@ def sample_setting(base: Path, adapter: Path | None, start: Path | None, posts: 
 
 def nll_by_post(base: Path, adapter: Path | None, references: pd.DataFrame) -> pd.DataFrame:
     """Nats per token of the held-out `references` (columns post, tweet, reply), one row a post: post, nll."""
-    tweets, replies = references["tweet"].tolist(), references["reply"].tolist()
-    table = reply_nll(*_merged(base, adapter), tweets, replies, batch_size=64)
+    post_texts, replies = references["tweet"].tolist(), references["reply"].tolist()
+    table = reply_nll(*_merged(base, adapter), post_texts, replies, batch_size=64)
     sums = table.groupby(references["post"].to_numpy())[["nll", "n_tokens"]].sum()
     return (sums["nll"] / sums["n_tokens"]).rename("nll").rename_axis("post").reset_index()
 

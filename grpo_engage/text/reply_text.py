@@ -163,9 +163,9 @@ class _Post(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _read_post(tweet: str) -> _Post:
+def _read_post(post_text: str) -> _Post:
     """What all pairs of one post share."""
-    text = _MENTION.sub(" ", clean_reply(tweet))
+    text = _MENTION.sub(" ", clean_reply(post_text))
     words = [_plain(word) for word in _WORD.findall(text)]
     size = max(1, min(3, len(words)))
     triples = frozenset(zip(*(words[offset:] for offset in range(size)), strict=False))
@@ -174,9 +174,9 @@ def _read_post(tweet: str) -> _Post:
                  _main_script(text)[0])
 
 
-def _count(tweet: str, reply: str) -> tuple:
+def _count(post_text: str, reply: str) -> tuple:
     """The numbers named in COUNTS, for one pair."""
-    post = _read_post(tweet)
+    post = _read_post(post_text)
     text = clean_reply(reply)
     mentions, hashtags = len(_MENTION.findall(text)), text.count("#")
     address = _ADDRESS.match(reply[:_READ])
@@ -219,19 +219,19 @@ def _count(tweet: str, reply: str) -> tuple:
     )
 
 
-def count_pairs(tweets: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
+def count_pairs(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
     """One row a pair, one float64 column for each name in COUNTS.
 
-    tweets, replies: equally many texts (n,); an empty batch gives an empty frame. Raises ValueError for unequal lengths
+    posts, replies: equally many texts (n,); an empty batch gives an empty frame. Raises ValueError for unequal lengths
     and TypeError for a single string or an entry that is no string, naming its position.
     """
-    if isinstance(tweets, str) or isinstance(replies, str):
-        raise TypeError("tweets and replies are batches: pass lists of strings, not one string")
-    if len(tweets) != len(replies):
-        raise ValueError(f"{len(tweets)} tweets but {len(replies)} replies: every reply needs its post")
-    for name, texts in (("tweets", tweets), ("replies", replies)):
+    if isinstance(posts, str) or isinstance(replies, str):
+        raise TypeError("posts and replies are batches: pass lists of strings, not one string")
+    if len(posts) != len(replies):
+        raise ValueError(f"{len(posts)} posts but {len(replies)} replies: every reply needs its post")
+    for name, texts in (("posts", posts), ("replies", replies)):
         for position, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"{name}[{position}] is {type(text).__name__}, not a string; reject such rows first")
-    rows = [_count(tweet, reply) for tweet, reply in zip(tweets, replies, strict=True)]
+    rows = [_count(post_text, reply) for post_text, reply in zip(posts, replies, strict=True)]
     return pd.DataFrame(np.array(rows, dtype=float).reshape(len(rows), len(COUNTS)), columns=list(COUNTS))

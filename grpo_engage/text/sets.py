@@ -144,7 +144,7 @@ class CopiedSpans:
         return float(best)
 
 # %% ../../nbs/text/04_sets.ipynb #c021
-def safety_flags(tweets: Sequence[str], replies: Sequence[str], counts: pd.DataFrame | None = None) -> pd.DataFrame:
+def safety_flags(posts: Sequence[str], replies: Sequence[str], counts: pd.DataFrame | None = None) -> pd.DataFrame:
     """Columns link, mention, insult, profanity, negative, injection: 1.0, 0.0 or NaN, (n, 6).
 
     Their means are rates. `mention` leaves out the handles at the start (they address the post's author); `negative`:
@@ -152,7 +152,7 @@ def safety_flags(tweets: Sequence[str], replies: Sequence[str], counts: pd.DataF
     reply is not English. Lists: text/00_reply_text. `counts`: their `count_pairs`, where it is known already. Raises as
     `count_pairs` does.
     """
-    counts = count_pairs(tweets, replies) if counts is None else counts
+    counts = count_pairs(posts, replies) if counts is None else counts
     empty = counts["words"] == 0
     unread = empty | (counts["english"] == 0) | (counts["foreign"] > 0)
     flags = pd.DataFrame({

@@ -31,13 +31,13 @@ from .watching import Watch, WatchReplies, reporting
 
 # %% ../../nbs/train/05_arm_training.ipynb #c005
 def trl_reward(reward: RewardFunction, name: str = "reward", pass_threshold: float = 0.0) -> Callable:
-    """`reward` (tweets, replies) -> (n,) as a TRL reward function on data sets with a `tweet` column.
+    """`reward` (posts, replies) -> (n,) as a TRL reward function on data sets with a `post` column.
 
     pass_threshold > 0: 1.0 where the reward is at least that, else 0.0, so that max_at_k follows Pass@k itself.
     """
-    def scored(completions: list[str], tweet: list[str], trainer_state=None, **_) -> list[float]:
+    def scored(completions: list[str], post: list[str], trainer_state=None, **_) -> list[float]:
         step = trainer_state.global_step + 1 if trainer_state is not None else 0
-        values = checked_scores(reward, tweet, [clean_text(completion) for completion in completions], step, name)
+        values = checked_scores(reward, post, [clean_text(completion) for completion in completions], step, name)
         return (values >= pass_threshold).astype(float).tolist() if pass_threshold else values.tolist()
 
     scored.__name__ = name
@@ -68,7 +68,7 @@ def _rows(examples: pd.DataFrame, tokenizer, objective: Objective, needed: int) 
     elif len(examples) < needed:  # TRL's sampler drops what does not fill a batch: here that would be everything
         examples = pd.concat([examples] * -(-needed // len(examples)))
     posts = examples["tweet"].tolist()
-    columns = {"prompt": [format_prompt(post, tokenizer) for post in posts], "tweet": posts}
+    columns = {"prompt": [format_prompt(post, tokenizer) for post in posts], "post": posts}
     if objective.alpha:
         columns["reference"] = [clean_text(reply, tokenizer) for reply in examples["reply"]]
     return Dataset.from_dict(columns)
@@ -137,7 +137,7 @@ def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, *, objecti
     """Train a LoRA adapter for `objective`; write `folder`/adapter and `folder`/train_log.csv; return the log.
 
     base: folder or Hub id. examples: columns tweet and, for alpha > 0, reply (a reference). reward: for beta > 0,
-    (tweets, replies) -> (n,), finite. reward_id: names the reward and its weights, so that a checkpoint made with
+    (posts, replies) -> (n,), finite. reward_id: names the reward and its weights, so that a checkpoint made with
     another one is not resumed. warm_start: adapter folder to start from (its copy is the KL reference); None: a fresh
     adapter (reference: the base). options, see `make_trainer`: batch_size, references of a step without groups;
     posts_per_step * num_generations, replies of a step with groups; kl_weight, of KL(policy || warm start) per token,
@@ -173,16 +173,16 @@ def train_supervised(base: str | Path, examples: pd.DataFrame, folder: Path, **o
                      **{"micro_batch_size": 16} | options)
 
 
-def make_grpo_trainer(base: str | Path, tweets: Sequence[str], reward: RewardFunction, folder: Path,
+def make_grpo_trainer(base: str | Path, posts: Sequence[str], reward: RewardFunction, folder: Path,
                       **options) -> ReplyTrainer:
-    """`make_trainer` with Objective(0, 1, 0) on the distinct `tweets`."""
-    return make_trainer(base, pd.DataFrame({"tweet": list(tweets)}), folder, objective=Objective(0.0, 1.0, 0.0),
+    """`make_trainer` with Objective(0, 1, 0) on the distinct `posts`."""
+    return make_trainer(base, pd.DataFrame({"tweet": list(posts)}), folder, objective=Objective(0.0, 1.0, 0.0),
                         reward=reward, label="grpo", **{"kl_weight": 0.02, "save_steps": 10} | options)
 
 
-def train_grpo(base: str | Path, tweets: Sequence[str], reward: RewardFunction, folder: Path, *, reward_id: str,
+def train_grpo(base: str | Path, posts: Sequence[str], reward: RewardFunction, folder: Path, *, reward_id: str,
                **options) -> pd.DataFrame:
-    """`train_arm` with Objective(0, 1, 0) on the distinct `tweets`."""
-    return train_arm(base, pd.DataFrame({"tweet": list(tweets)}), folder, objective=Objective(0.0, 1.0, 0.0),
+    """`train_arm` with Objective(0, 1, 0) on the distinct `posts`."""
+    return train_arm(base, pd.DataFrame({"tweet": list(posts)}), folder, objective=Objective(0.0, 1.0, 0.0),
                      reward=reward, reward_id=reward_id, label="grpo",
                      **{"kl_weight": 0.02, "save_steps": 10} | options)

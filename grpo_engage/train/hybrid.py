@@ -47,7 +47,7 @@ class UnvalidatedReward(ValueError):
 
 def training_reward(run_dir: Path, kind: str, weight_learned: float, penalty: float = 0.0,
                     allow_unvalidated: bool = False) -> tuple[Callable, str, bool | None]:
-    """The reward (tweets, replies) -> (n,) in [0, 1], an identifier of it with the hash of its weights, and whether its
+    """The reward (posts, replies) -> (n,) in [0, 1], an identifier of it with the hash of its weights, and whether its
     learned part is validated (None where it has none).
 
     kind: "combined" (weight_learned * learned + the rest heuristic), "heuristic" or "learned"; penalty: of the

@@ -24,18 +24,18 @@ class RewardError(RuntimeError):
     """The reward failed or was not finite; the message names step, post and completion."""
 
 
-def checked_scores(reward: RewardFunction, tweets: Sequence[str], replies: Sequence[str], step: int,
+def checked_scores(reward: RewardFunction, posts: Sequence[str], replies: Sequence[str], step: int,
                    name: str = "reward") -> np.ndarray:
-    """`reward(tweets, replies)`, (n,) floats, finite. Raises: RewardError with `step`, post and completion."""
+    """`reward(posts, replies)`, (n,) floats, finite. Raises: RewardError with `step`, post and completion."""
     def where(index: int) -> str:
-        return f"step {step}, post {tweets[index][:200]!r}, completion {replies[index][:200]!r}"
+        return f"step {step}, post {posts[index][:200]!r}, completion {replies[index][:200]!r}"
 
     try:
-        values = np.asarray(reward(tweets, replies), dtype=float)
+        values = np.asarray(reward(posts, replies), dtype=float)
     except Exception as error:
         for index in range(len(replies)):  # once more, one by one: which of them was it?
             try:
-                reward(tweets[index : index + 1], replies[index : index + 1])
+                reward(posts[index : index + 1], replies[index : index + 1])
             except Exception as single:
                 raise RewardError(f"the {name} raised {type(single).__name__}: {single} ({where(index)})") from single
         raise RewardError(f"the {name} raised {type(error).__name__}: {error} (step {step}, on the batch of "

@@ -41,18 +41,18 @@ def watched_posts(pairs: pd.DataFrame, n: int) -> list[str]:
 
 
 def model_judge(run_dir: Path, pairs: pd.DataFrame, posts: Sequence[str]) -> RewardFunction:
-    """The learned judge (tweets, replies) -> (n,): probability that a reply to one of `posts` beats a real one.
+    """The learned judge (posts, replies) -> (n,): probability that a reply to one of `posts` beats a real one.
 
     Raises: FileNotFoundError without the stage reward_model.
     """
     model = EngagementRewardModel.load(Path(run_dir) / "reward_model" / "judge")
-    real = {tweet: model.logits([tweet] * len(part), part["reply"].tolist())
-            for tweet, part in pairs[pairs["tweet"].isin(posts)].groupby("tweet")}
-    return lambda tweets, replies: beat_probability(model.logits(tweets, replies), [real[tweet] for tweet in tweets])
+    real = {post: model.logits([post] * len(part), part["reply"].tolist())
+            for post, part in pairs[pairs["tweet"].isin(posts)].groupby("tweet")}
+    return lambda texts, replies: beat_probability(model.logits(texts, replies), [real[post] for post in texts])
 
 
 def training_judge(run_dir: Path, pairs: pd.DataFrame, posts: Sequence[str]) -> RewardFunction:
-    """The judge (tweets, replies) -> (n,) in [0, 1] of replies to `posts`; see above. `pairs`: the run's data.
+    """The judge (posts, replies) -> (n,) in [0, 1] of replies to `posts`; see above. `pairs`: the run's data.
 
     Raises: FileNotFoundError on data that are not simulated, without the stage reward_model.
     """
@@ -109,7 +109,7 @@ def parting(samples: pd.DataFrame, level: float = 0.01) -> str:
 class Watch:
     """What is looked at: `replies` to each of `posts` every `every` steps, before the first and after the last.
 
-    proxy, judge: (tweets, replies) -> (n,), finite; scored_by: names them. temperature and max_new_tokens: of sampling;
+    proxy, judge: (posts, replies) -> (n,), finite; scored_by: names them. temperature and max_new_tokens: of sampling;
     seed: of its stream.
     """
 
@@ -177,12 +177,12 @@ class WatchReplies(TrainerCallback):
                                     max_new_tokens=watch.max_new_tokens, seed=child_seed(watch.seed, "watch"), label="")
         if not trainer.accelerator.is_main_process:
             return
-        tweets, replies = [watch.posts[post] for post in made["post"]], made["text"].tolist()
+        post_texts, replies = [watch.posts[post] for post in made["post"]], made["text"].tolist()
         look = pd.DataFrame({"step": step, "post": made["post"], "sample": made["sample"],
-                             "tweet": [clean_text(tweet) for tweet in tweets], "reply": replies,
+                             "tweet": [clean_text(post_text) for post_text in post_texts], "reply": replies,
                              "n_tokens": made["n_tokens"], "finish_reason": made["finish_reason"]})
         for name, score in (("proxy", watch.proxy), ("judge", watch.judge)):
-            look[name] = checked_scores(score, tweets, replies, step, f"watched {name}")
+            look[name] = checked_scores(score, post_texts, replies, step, f"watched {name}")
             if logged:
                 trainer._metrics["train"][f"{name}_reward"].append(float(look[name].mean()))
         self.samples = pd.concat([self.samples, look], ignore_index=True)
