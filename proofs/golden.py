@@ -3,9 +3,10 @@
     python proofs/golden.py OLD [NEW]      two commits (default NEW: HEAD); about five minutes each on two cores
 
 Both run on this machine, in a checkout at the same path, with the same packages. Compared is every file of the run but
-executed notebooks, manifests, logs, settings, and the figures that time or money enter (cost tables, the paper's PDF).
-Writes golden.csv (path, old, new) into the folder given by --out, and says which files differ; exit code 1 if any does.
-A step that means to change a result names these files in docs/log.md.
+executed notebooks, manifests, logs, settings and the paper as a whole; in tables, what is time, money or the commit is
+passed over. Keeps each commit's run in the folder given by --out and takes it from there the next time; writes golden.csv
+(path, old, new) there and says which files differ; exit code 1 if any does. A step that means to change a result names
+these files in docs/log.md.
 """
 
 import argparse
@@ -28,19 +29,29 @@ SETTINGS = ["arms=[baseline, polychromic, grpo, hybrid]", "n_seeds=2", "n_conver
             "embeddings=true", "watch_posts=2", "watch_every=2"]
 # Not results, or not only of the settings: what is executed, recorded, timed or paid for.
 ASIDE = re.compile(r"\.ipynb$|(^|/)manifest\.json$|\.log$|^config\.json$|^\.|/\.|/tensorboard/|\.tfevents|"
-                   r"^paper/(main\.pdf|macros\.tex|tables/.*cost.*)$")
+                   r"^paper/(main\.pdf|main\.typ|macros\.tex)$")
+TIMED = re.compile(r"^(Training time|Time,|Cost|Git commit|Price)")  # lines of the paper's tables
+SECONDS = re.compile(r",[^,]*$")  # the last column of costs.csv
 
 
 def digests(run_dir: Path) -> dict[str, str]:
     """SHA-256 of each result of a run, by its path."""
-    files = sorted(path for path in run_dir.rglob("*") if path.is_file())
-    names = {path.relative_to(run_dir).as_posix(): path for path in files}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in names.items()
-            if not ASIDE.search(name)}
+    found = {}
+    for path in sorted(path for path in run_dir.rglob("*") if path.is_file()):
+        name, content = path.relative_to(run_dir).as_posix(), path.read_bytes()
+        if ASIDE.search(name):
+            continue
+        if path.suffix == ".tex":
+            lines = content.decode().splitlines()
+            content = "\n".join(line for line in lines if not TIMED.match(line)).encode()
+        elif name.endswith("costs.csv"):
+            content = "\n".join(SECONDS.sub("", line) for line in content.decode().splitlines()).encode()
+        found[name] = hashlib.sha256(content).hexdigest()
+    return found
 
 
-def run(commit: str, place: Path, settings: list[str]) -> dict[str, str]:
-    """The results of `commit`, run in `place`/tree."""
+def run(commit: str, place: Path, settings: list[str]) -> Path:
+    """The run of `commit`, made in `place`/tree; returns its folder."""
     tree = place / "tree"
     shutil.rmtree(tree, ignore_errors=True)
     subprocess.run(["git", "clone", "--quiet", "--no-checkout", str(REPO), str(tree)], check=True)
@@ -51,7 +62,7 @@ def run(commit: str, place: Path, settings: list[str]) -> dict[str, str]:
     words = [word for text in settings for word in ("-p", text)]
     subprocess.run([sys.executable, "-m", "grpo_engage", "run", "--preset", "smoke", "--run", "golden", *words],
                    cwd=tree, env=environment, check=True)
-    return digests(place / "runs" / "golden")
+    return place / "runs" / "golden"
 
 
 def main() -> int:
@@ -66,16 +77,10 @@ def main() -> int:
     for commit in (args.old, args.new):
         commit = subprocess.run(["git", "-C", str(REPO), "rev-parse", commit], capture_output=True, text=True,
                                 check=True).stdout.strip()
-        kept = args.out / f"{commit[:12]}.csv"  # a commit that was run before is not run again
-        if not kept.exists() or args.p:
-            found = run(commit, args.out, SETTINGS + args.p)
-            kept = kept if not args.p else args.out / "with_settings.csv"
-            with open(kept, "w", newline="") as handle:
-                csv.writer(handle).writerows(found.items())
-            shutil.rmtree(args.out / commit[:12], ignore_errors=True)
-            shutil.move(args.out / "runs" / "golden", args.out / commit[:12])
-        with open(kept, newline="") as handle:
-            sides.append(dict(csv.reader(handle)))
+        kept = args.out / "-".join([commit[:12], *args.p]).replace("/", "_")
+        if not kept.exists():
+            shutil.move(run(commit, args.out, SETTINGS + args.p), kept)
+        sides.append(digests(kept))
     old, new = sides
     names = sorted(old.keys() | new.keys())
     with open(args.out / "golden.csv", "w", newline="") as handle:
