@@ -4,9 +4,9 @@
 
 Both run on this machine, in a checkout at the same path, with the same packages. Compared is every file of the run but
 executed notebooks, manifests, logs, settings and the paper as a whole; in tables, what is time, money or the commit is
-passed over. Keeps each commit's run in the folder given by --out and takes it from there the next time; writes golden.csv
-(path, old, new) there and says which files differ; exit code 1 if any does. A step that means to change a result names
-these files in docs/log.md.
+passed over. Keeps each commit's run in the folder given by --out and takes it from there the next time; writes
+golden.csv (path, old, new) there and says which files differ; exit code 1 if any does. A step that means to change a
+result names these files in docs/log.md.
 """
 
 import argparse
