@@ -1,10 +1,11 @@
 __version__ = "0.1.0"
 __doc__ = """Learn a reward from real engagement, train a small language model on it, and evaluate what changed.
 
-What a user of the library wants is here, `from grpo_engage import ReplyTrainer, read_pairs`; each name is loaded from its
-module when it is first asked for, so that `import grpo_engage` costs nothing. Modules import from each other, never from here.
+What a user of the library wants is here, `from grpo_engage import ReplyTrainer, read_pairs`. Each name is loaded from
+its module when it is first asked for, so that `import grpo_engage` costs nothing:
 """
-# Above: nbdev rewrites the version's line alone. Below: the one table of what is here, module -> names.
+# nbdev rewrites the version's line and nothing else. The one table of what is here, module -> names; modules import from
+# each other, never through it.
 _NAMES = {
     "data.reading": ("read_pairs",),
     "data.splitting": ("split_conversations",),
@@ -51,7 +52,7 @@ def _unknown(name: str) -> str:
     plain = {known.lower().replace("_", ""): known for known in __all__}
     near = get_close_matches(name.lower().replace("_", ""), plain, n=1)
     return (f"module {__name__!r} has no attribute {name!r}"
-            + (f"; did you mean {plain[near[0]]!r}?" if near else f"; it has {', '.join(__all__)}"))
+            + (f"; did you mean {plain[near[0]]!r}?" if near else "; help(grpo_engage) lists what there is"))
 
 
 def __dir__() -> list[str]:
