@@ -4,8 +4,8 @@ __doc__ = """Learn a reward from real engagement, train a small language model o
 What a user of the library wants is here, `from grpo_engage import ReplyTrainer, read_pairs`. Each name is loaded from
 its module when it is first asked for, so that `import grpo_engage` costs nothing:
 """
-# nbdev rewrites the version's line and nothing else. The one table of what is here, module -> names; modules import from
-# each other, never through it.
+# nbdev rewrites the line of the version and nothing else. The one table of what is here: module -> names. Modules import
+# from each other, never through it.
 _NAMES = {
     "data.reading": ("read_pairs",),
     "data.splitting": ("split_conversations",),
