@@ -161,3 +161,11 @@ def test_the_map_shows_every_room_and_the_whole_first_page():
         exports = re.search(r"#\| default_exp ([\w.]+)", path.read_text(encoding="utf-8"))
         if exports:
             assert f"`{exports[1].replace('.', '/')}.py`" in line, path.name
+
+
+def test_make_test_leaves_out_what_is_slow_and_test_all_does_not():
+    told = {target: subprocess.run(["make", "--no-print-directory", "-n", target], cwd=REPO_ROOT, capture_output=True,
+                                   text=True, check=True).stdout for target in ("test", "everything")}
+    assert '-m "not slow"' in told["test"] and "slow" not in told["everything"]
+    for tool in ("ruff check", "nbdev_test", "pytest"):
+        assert tool in told["test"] and tool in told["everything"]
