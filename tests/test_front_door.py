@@ -1,6 +1,7 @@
 """The front door, `from grpo_engage import …`: what it holds and costs; and the README that shows it."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -95,6 +96,15 @@ def imported_through_the_door(source, package):
 def test_inside_the_package_nothing_comes_through_the_door(path):
     package = ["grpo_engage", *path.relative_to(PACKAGE).parent.parts]
     assert imported_through_the_door(path.read_text(encoding="utf-8"), package) == []
+
+
+def test_no_stage_comes_through_the_door():
+    """What a stage depends on is read from its imports; a name of the door does not say which module it is from."""
+    sources = ["".join(cell["source"]) for path in (REPO_ROOT / "nbs").rglob("[0-9][0-9]_*.ipynb")
+               for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+               if {"stage", "parameters"} & {*cell["metadata"].get("tags", ())}]
+    assert len(sources) > 10
+    assert [source for source in sources if imported_through_the_door(source, ["grpo_engage"])] == []
 
 
 def test_an_import_through_the_door_would_be_seen():
