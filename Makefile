@@ -19,7 +19,7 @@ help:
 	@echo "make paper [RUN=name]                  run the embedded default (or take the run NAME) and make its paper"
 	@echo "make test                              the tests, under half an hour on two cores"
 	@echo "make test-all                          also what takes longer; the log goes to docs/test-all.log"
-	@echo "make proofs                            intervals, processes, killed runs, the gradient by enumeration (hours)"
+	@echo "make proofs                            intervals, processes, killed runs, the gradient by enumeration (long)"
 	@echo "make run PRESET=name [DATA=file] [RUN=name] [ARGS=\"-p name=value\"]"
 	@echo "make lab                               the notebooks in JupyterLab"
 	@echo "make list                              the runs with status, time and headline numbers"
