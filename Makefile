@@ -1,5 +1,5 @@
 # make paper   installs everything, runs the embedded default, leaves figures, tables and the paper
-# make test    installs everything, runs all tests
+# make test    installs everything, runs the tests (under half an hour on two cores; make test-all: also what takes longer)
 SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -13,12 +13,13 @@ export PYTHONDONTWRITEBYTECODE := 1
 # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help paper run list lab test proofs export clean-notebooks install clean
+.PHONY: help paper run list lab test test-all everything proofs export clean-notebooks install clean
 
 help:
 	@echo "make paper [RUN=name]                  run the embedded default (or take the run NAME) and make its paper"
-	@echo "make test                              all tests"
-	@echo "make proofs                            coverage of the intervals, the trainer's gradient by enumeration"
+	@echo "make test                              the tests, under half an hour on two cores"
+	@echo "make test-all                          also what takes longer; the log goes to docs/test-all.log"
+	@echo "make proofs                            intervals, processes, killed runs, the gradient by enumeration (long)"
 	@echo "make run PRESET=name [DATA=file] [RUN=name] [ARGS=\"-p name=value\"]"
 	@echo "make lab                               the notebooks in JupyterLab"
 	@echo "make list                              the runs with status, time and headline numbers"
@@ -61,11 +62,32 @@ clean-notebooks: $(READY)
 
 # Order: what is quick to fail first; pytest last, its longest file first. Two processes of one thread each: small models
 # gain little from a second thread. `nano` is built beforehand, with all cores, so that no two processes build it at once.
-test: $(READY)
+define checks
 	$(BIN)/ruff check .
 	$(BIN)/python -c 'from grpo_engage.policy.base_models import ensure_policy; ensure_policy("nano")'
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 tests/test_run.py tests/test_run_errors.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(1) tests/test_run.py tests/test_run_errors.py tests
+endef
+
+# Under half an hour on two cores, whatever is added: what takes longer gets the mark `slow` and runs in test-all.
+test: $(READY)
+	$(call checks,-m "not slow")
+
+# Every test, and the proofs that take minutes: the coverage of the intervals, which must come out as committed, and two
+# processes against one. Its last log is committed, without the paths of the machine.
+test-all: $(READY)
+	mkdir -p outputs
+	set -o pipefail; $(MAKE) --no-print-directory everything 2>&1 | sed -u 's#$(CURDIR)#.#g' | tee outputs/test-all.log
+	cp outputs/test-all.log docs/test-all.log
+
+everything: $(READY)
+	mkdir -p outputs
+	@echo "commit $$(git rev-parse --short HEAD), $$(date -u +%F), $$(nproc) cores"
+	$(call checks,)
+	$(BIN)/python proofs/coverage.py --out outputs/coverage.csv
+	cmp outputs/coverage.csv proofs/coverage.csv
+	$(BIN)/python proofs/processes.py --out outputs/processes.csv
+	@echo "all passed"
 
 # The coverage of the intervals and two processes against one (a minute each), kill -9 at random moments (half an hour),
 # then the trainer's gradient by enumeration (long); leaves proofs/*.csv

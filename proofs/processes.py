@@ -144,13 +144,14 @@ def write(folder: Path, cases) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # one of the two processes
     args = parser.parse_args()
     if args.write:
         report_errors(lambda: write(args.write, args.cases), args.write)
         return 0
     rows = compare(args.cases)
-    with open(Path(__file__).with_suffix(".csv"), "w", newline="") as handle:
+    with open(args.out, "w", newline="") as handle:
         writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -73,6 +73,38 @@ def test_every_figure_of_an_executed_notebook_is_a_picture(finished):
     assert shown["07_hybrid"] == 2 and shown["08_evaluation"] >= 2, shown
 
 
+@pytest.fixture
+def beside_the_run(finished, tmp_path):
+    """A folder where the finished run lies as `make paper` would leave it."""
+    (tmp_path / "outputs" / "runs").mkdir(parents=True)
+    (tmp_path / "outputs" / "runs" / "smoke").symlink_to(finished[0])
+    return tmp_path
+
+
+def test_readme_the_learned_reward_in_a_stock_trainer(beside_the_run, readme_scripts, run_script):
+    run_script(readme_scripts[1], beside_the_run, """
+from trl import GRPOTrainer
+trainer = of["trainer"]
+assert type(trainer) is GRPOTrainer and trainer.state.global_step == 3
+rewards = [entry["rewards/learned/mean"] for entry in trainer.state.log_history if "reward" in entry]
+assert len(rewards) == 3 and all(0 < reward < 1 for reward in rewards), rewards
+""")
+
+
+def test_readme_a_trained_adapter_without_the_package(beside_the_run, readme_scripts, run_script):
+    """It samples from what was trained, with the prompt of its training."""
+    printed = run_script(readme_scripts[2], beside_the_run, """
+import sys, inspect
+assert not any(name.startswith("grpo_engage") for name in sys.modules)
+assert max(abs(p).max() for name, p in of["model"].named_parameters() if "lora_B" in name) > 0
+from grpo_engage import format_prompt
+system, user = (message["content"] for message in of["messages"])
+assert system == inspect.signature(format_prompt).parameters["instruction"].default
+assert of["tokenizer"](format_prompt(user, of["tokenizer"]))["input_ids"] == of["inputs"]["input_ids"][0].tolist()
+""")
+    assert len(printed.splitlines()) == 4 and all(line.strip() for line in printed.splitlines())
+
+
 def test_training_in_two_processes_is_a_parameter(runs, finished):
     shutil.copytree(finished[0], runs / "processes", ignore=shutil.ignore_patterns("train"))
     done = call(runs, *arguments("processes", "-p", "arms=[baseline]", "-p", "n_processes=2", "--", "train"))
