@@ -18,7 +18,6 @@ from trl.trainer.utils import RepeatSampler
 from ..policy.replies import clean_text
 from ..text.diversity import DIVERSITY_METRICS, SetFunction, diversity_and_credit, set_diversity
 from grpo_engage.train.advantages import (
-    group_advantage,
     leave_one_out_advantage,
     less_other_groups,
     max_at_k_advantage,
