@@ -13,7 +13,7 @@ from grpo_engage.run.settings import load_preset, notebook_of, read_parameters, 
 from grpo_engage.train import hybrid
 from grpo_engage.train.arm_training import make_trainer, train_arm
 from grpo_engage.train.loop import tidy_log
-from grpo_engage.train.objective import Objective
+from grpo_engage.train.trainer import Objective
 from grpo_engage.train.watching import training_judge, watched_posts
 
 
