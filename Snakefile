@@ -6,7 +6,9 @@ job's one output here is its stamp, which the command takes away when something 
 Snakemake deletes the outputs of a failed job; like this it can delete nothing that anyone worked for.
 """
 
-from grpo_engage.run.graph import STAMP, job_needs
+from pathlib import Path
+
+from grpo_engage.run.graph import STAMP, job_needs, stage_folder
 
 # The interpreter comes from the environment: another name of it is no reason to do anything again.
 JOB = 'exec "${{GRPO_ENGAGE_PYTHON:-python}}" -m grpo_engage job'
@@ -14,7 +16,7 @@ JOB = 'exec "${{GRPO_ENGAGE_PYTHON:-python}}" -m grpo_engage job'
 
 def stamps(stage, arm="", seed=None):
     """The stamps of the jobs whose files this one reads."""
-    return [f"{folder}/{STAMP}" for folder in job_needs(config, stage, arm, seed)]
+    return [str(stage_folder(Path(), *job) / STAMP) for job in job_needs(config, stage, arm, seed)]
 
 
 rule data:
@@ -88,12 +90,10 @@ rule evaluation:
         JOB + " evaluation"
 
 
-# The paper reads nothing of best_of_n, but a whole run has it.
 rule paper:
     default_target: True
     input:
         stamps("paper"),
-        f"best_of_n/{STAMP}",
     output:
         f"paper/{STAMP}",
     threads: workflow.cores

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Job', 'READS', 'READS_OF_ARMS', 'WRITES', 'STAMP', 'stage_folder', 'jobs', 'job_parameters', 'job_reads', 'job_needs',
            'outside_files', 'content_hash', 'run_content', 'notebook_code', 'stage_code', 'made_from', 'job_writes',
-           'is_finished', 'reasons', 'refuse_missing_files', 'say_changes', 'finished_or_refuse', 'put_stamps_right']
+           'is_finished', 'reasons', 'refuse_missing_files', 'say_changes', 'finished_or_refuse', 'standing',
+           'put_stamps_right']
 
 # %% ../../nbs/run/04_graph.ipynb #c002
 import ast
@@ -13,10 +14,17 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..base.core import REPO_ROOT, file_sha256, read_json, say
-from ..base.source_code import code_hash, import_closure, imported, parse_module
+from grpo_engage.base.source_code import (
+    code_hash,
+    import_closure,
+    imported,
+    without_demonstrations,
+    without_prose,
+)
 from .settings import STAGES, notebook_of
 from ..train.objective import trainable_arm
 
@@ -90,12 +98,13 @@ def job_reads(config: dict, stage: str, arm: str = "", seed: int | None = None) 
     return names
 
 
-def job_needs(config: dict, *job) -> list[str]:
-    """The folders, relative to the run's, of the jobs whose files `job` reads; what Snakemake orders by."""
-    folders = {stage_folder(Path(), *other).as_posix() for other in jobs(config)}
-    folders |= {name.rpartition("/")[0] for name in job_reads(config, *job) if name.startswith("train/")}
-    return sorted(folder for folder in folders if any(name.startswith(f"{folder}/")
-                                                      for name in job_reads(config, *job)))
+def job_needs(config: dict, *job) -> list[Job]:
+    """The jobs that come before `job`: those whose files it reads. The paper reads nothing of best_of_n, but comes last."""
+    found = {("best_of_n", "", None)} if job[0] == "paper" else set()
+    for name in job_reads(config, *job):
+        stage, *rest = name.split("/")
+        found.add(("train", rest[0], int(rest[1].removeprefix("seed"))) if stage == "train" else (stage, "", None))
+    return sorted(found, key=str)
 
 # %% ../../nbs/run/04_graph.ipynb #c012
 def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
@@ -162,10 +171,10 @@ def notebook_code(notebook: Path, root: Path = REPO_ROOT) -> dict[str, str]:
              for text in _cells(notebook, True)]
     if not cells:
         raise ValueError(f"{notebook} is no stage: none of its cells has the tag `stage`")
+    # all in one: an import in one cell serves the next
+    tree = without_demonstrations(without_prose(ast.parse("\n".join(cells))))
     module = _module_of(notebook)
-    parse_module(module, root)  # says which one is missing
-    needed = {module}.union(*(imported(ast.parse(text), module, root) for text in cells))
-    return {"its stage cells": code_hash(*cells)} | import_closure(needed, root)
+    return {"its stage cells": code_hash(tree)} | import_closure({module} | imported(tree, module, root), root)
 
 
 @functools.cache
@@ -253,11 +262,23 @@ STAMP = ".done"
 _SAME_TIME = 1_000_000_000  # any: what counts is that no stamp is newer than another
 
 
-def put_stamps_right(run_dir: Path, config: dict, done: list[Job]) -> None:
-    """Give each job in `done` its stamp, and take it from every other job of the run."""
+def standing(config: dict, done: Iterable[Job]) -> list[Job]:
+    """Those of the jobs `done` that come after none that is not done: the ones that need not even be looked at."""
+    done = set(done)
+
+    @functools.cache
+    def stands(job: Job) -> bool:
+        return job in done and all(map(stands, job_needs(config, *job)))
+
+    return [job for job in jobs(config) if stands(job)]
+
+
+def put_stamps_right(run_dir: Path, config: dict, done: Iterable[Job]) -> None:
+    """Give each job that stands, when those in `done` are done, its stamp, and take it from every other of the run."""
+    stamped = standing(config, done)
     for job in jobs(config):
         stamp = stage_folder(run_dir, *job) / STAMP
-        if job in done:
+        if job in stamped:
             stamp.touch()
             os.utime(stamp, (_SAME_TIME, _SAME_TIME))
         else:
