@@ -99,7 +99,7 @@ def job_reads(config: dict, stage: str, arm: str = "", seed: int | None = None) 
 
 
 def job_needs(config: dict, *job) -> list[Job]:
-    """The jobs that come before `job`: those whose files it reads. The paper reads nothing of best_of_n, but comes last."""
+    """The jobs that come before `job`: those whose files it reads. The paper waits for best_of_n too."""
     found = {("best_of_n", "", None)} if job[0] == "paper" else set()
     for name in job_reads(config, *job):
         stage, *rest = name.split("/")

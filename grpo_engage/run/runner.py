@@ -96,6 +96,11 @@ def _first_line(source: str) -> str:
     return lines[0].strip()[:80] if lines else ""
 
 
+def _as_is(path: Path) -> str:
+    """`path` as papermill takes it: it fills in what stands in braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def execute_notebook(notebook: Path, executed: Path, parameters: dict, label: str) -> None:
     """Execute `notebook` into `executed` with `parameters`; its progress lines stream to stdout.
 
@@ -103,8 +108,8 @@ def execute_notebook(notebook: Path, executed: Path, parameters: dict, label: st
     """
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(str(notebook), str(executed), parameters=parameters, kernel_name="python3",
-                                   cwd=str(notebook.parent), progress_bar=False, log_output=False,
+        papermill.execute_notebook(_as_is(notebook), _as_is(executed), parameters=parameters,
+                                   kernel_name="python3", cwd=str(notebook.parent), progress_bar=False, log_output=False,
                                    stdout_file=ProgressFilter(sys.stdout), autosave_cell_every=0)
     except PapermillExecutionError as error:
         raise NotebookFailure(f"{label}: cell {error.cell_index} (`{_first_line(error.source)}`) failed with "
