@@ -147,7 +147,7 @@ def _run(args: argparse.Namespace) -> int:
         if not path.exists() or read_json(path) != config:
             write_json(path, config)
         found = {job: reasons(run_dir, config, *job) for job in jobs(config)}
-        say_changes(found, "is done again")
+        say_changes(found, "is due again")
         put_stamps_right(run_dir, config, [job for job, why in found.items() if not why])
         # the rule of the arms has wildcards, so it is no target: its files are
         targets = [target] if target != "train" else [
@@ -173,7 +173,7 @@ def _paper(args: argparse.Namespace) -> int:
     with only_one(run_dir) as lock:
         done = finished_or_refuse(run_dir, config)
         found = {job: reasons(run_dir, config, *job) for job in done}
-        say_changes(found, "is not what this run's settings, files and code give now (`run` would do it again)")
+        say_changes(found, "is not what this run's settings, files and code give now (`run` does it again)")
         put_stamps_right(run_dir, config, done)
         code, said = snakemake(run_dir, run_dir / "config.json", ["paper"], lock, only="paper")
         if code:

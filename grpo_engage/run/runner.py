@@ -51,12 +51,14 @@ def _absolute(found: re.Match, room: list[str]) -> str:
 def stale_modules(root: Path = REPO_ROOT) -> list[str]:
     """Cells (as `notebook#cell`) whose exported text differs from the module's, in either direction; [] when equal."""
     exported, found = {}, {}
-    for path in sorted((root / "nbs").rglob("*.ipynb")):
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    paths = [path.relative_to(root / "nbs") for path in (root / "nbs").rglob("*.ipynb")]
+    # not what JupyterLab keeps in .ipynb_checkpoints
+    for name in sorted(path for path in paths if not any(part.startswith(".") for part in path.parts)):
+        for cell in json.loads((root / "nbs" / name).read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
             if cell["cell_type"] == "code" and re.match(r"#\|\s*exports?\b", source):
                 body = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE)
-                exported[f"{path.relative_to(root / 'nbs').as_posix()}#{cell['id']}"] = body.strip()
+                exported[f"{name.as_posix()}#{cell['id']}"] = body.strip()
     for path in sorted((root / "grpo_engage").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         marks = [*_MARK.finditer(text)]
@@ -109,8 +111,8 @@ def execute_notebook(notebook: Path, executed: Path, parameters: dict, label: st
     executed.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(_as_is(notebook), _as_is(executed), parameters=parameters,
-                                   kernel_name="python3", cwd=str(notebook.parent), progress_bar=False, log_output=False,
-                                   stdout_file=ProgressFilter(sys.stdout), autosave_cell_every=0)
+                                   kernel_name="python3", cwd=str(notebook.parent), progress_bar=False,
+                                   log_output=False, stdout_file=ProgressFilter(sys.stdout), autosave_cell_every=0)
     except PapermillExecutionError as error:
         raise NotebookFailure(f"{label}: cell {error.cell_index} (`{_first_line(error.source)}`) failed with "
                               f"{error.ename}: {error.evalue}\n  partial notebook: {executed}") from error
@@ -167,6 +169,7 @@ def run_stage(run_dir: Path, stage: str, arm: str = "", seed: int | None = None)
     if not reasons(run_dir, config, *job):
         say(f"{label}: nothing that it was made from has changed; kept")
         (folder / STAMP).touch()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have come just before they went
         return
     parameters, made = job_parameters(config, *job), made_from(run_dir, config, *job)
     say(f"{label}: started")
