@@ -62,7 +62,7 @@ READS = {
     "policy": [_PAIRS],
     "best_of_n": [_PAIRS, _POLICY, *_MODELS, "reward_model/validation.json"],
     "train": [_PAIRS, _POLICY, *_MODELS, "reward_model/labels.parquet", "reward_model/validation.json#verdict"],
-    "evaluation": [_PAIRS, _POLICY, *_MODELS, "reward_model/labels.parquet"],
+    "evaluation": [_PAIRS, _POLICY, *_MODELS, "reward_model/labels.parquet", "reward_model/validation.json#verdict"],
     "paper": [_PAIRS, _POLICY, "data/margins.csv", "data/rejected.csv", "heuristic_reward/validation.json",
               "reward_model/validation.json", "evaluation/pass.json", "evaluation/metrics.csv",
               "evaluation/comparisons.csv", "evaluation/curves.csv",
