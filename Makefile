@@ -51,7 +51,7 @@ list: $(READY)
 	$(BIN)/python -m grpo_engage list
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=. nbs/base/00_core.ipynb $(ARGS)
+	$(BIN)/jupyter lab --notebook-dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/00_tour.ipynb $(ARGS)
 
 export: $(READY)
 	find grpo_engage -name "*.py" ! -name __init__.py -delete

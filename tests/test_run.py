@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from grpo_engage.base.core import read_json
+from grpo_engage.run.graph import job_reads, job_writes, jobs, stage_folder
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
         "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16",
@@ -116,6 +118,31 @@ def test_training_in_two_processes_is_a_parameter(runs, finished):
     assert looks["step"].tolist() == [0, 3]  # nothing was trained before the first one: it is that of one process
     assert looks[:1].equals(pd.read_csv(finished[0] / "train" / "baseline" / "seed0" / "watch.csv")[:1])
     assert not (folder / "checkpoints").exists() and not (folder / "processes").exists()
+
+
+def test_a_stage_needs_nothing_but_what_the_graph_says_that_it_reads(finished, tmp_path):
+    """Evaluation, which reads most, in a folder with those files alone: the same bytes as in the whole run."""
+    run_dir, config = finished[0], read_json(finished[0] / "config.json")
+    shutil.copy(run_dir / "config.json", tmp_path)
+    for name in job_reads(config, "evaluation"):
+        source = run_dir / name.partition("#")[0].rstrip("?")
+        target = tmp_path / source.relative_to(run_dir)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    threads = str(len(os.sched_getaffinity(0)))  # what Snakemake gives a job that takes all cores
+    done = subprocess.run([sys.executable, "-m", "grpo_engage", "job", "evaluation"], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
+    assert done.returncode == 0, done.stderr
+    for name in job_writes("evaluation", "", None):
+        assert (tmp_path / name).read_bytes() == (run_dir / name).read_bytes(), name
+
+
+def test_what_the_stages_say_that_they_read_stands_in_the_graph(finished):
+    run_dir, config = finished[0].resolve(), read_json(finished[0] / "config.json")
+    for job in jobs(config):
+        inputs = read_json(stage_folder(run_dir, *job) / "manifest.json")["inputs"]
+        inside = {Path(path).relative_to(run_dir).as_posix() for path in inputs if Path(path).is_relative_to(run_dir)}
+        assert inside - {name.partition("#")[0] for name in job_reads(config, *job)} == set(), job
 
 
 def test_the_log_is_no_flood(finished):

@@ -143,13 +143,17 @@ def test_a_kill_after_the_last_step_trains_nothing_again(base, pairs, tmp_path, 
 
 def test_the_checkpoints_of_a_job_go_when_it_is_over_and_not_before(tmp_path, monkeypatch):
     folder = tmp_path / "train" / "grpo" / "seed0"
-    write_json(tmp_path / "config.json", {"stages": {"train": {"grpo": {"max_steps": 3}}}})
+    write_json(tmp_path / "config.json",
+               {"arms": ["grpo"], "seeds": [0], "preset": "smoke", "stages": {"train": {"grpo": {"max_steps": 3}}}})
 
     def execute(notebook, executed, parameters, label):
         assert parameters["keep_checkpoints"] and parameters["max_steps"] == 3
         (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True, exist_ok=True)
         if fails:
             raise runner.NotebookFailure("no")
+        (folder / "adapter").mkdir()
+        for name in ("train_log.csv", "verdict.json", "manifest.json"):
+            write_json(folder / name, {"status": "completed", "parameters": {}})
 
     monkeypatch.setattr(runner, "execute_notebook", execute)
     fails = True
@@ -199,7 +203,8 @@ def test_a_disk_too_full_for_the_executed_notebook_is_named(tmp_path, monkeypatc
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    write_json(tmp_path / "config.json", {"stages": {"data": {}}, "arms": [], "seeds": [], "preset": "smoke"})
+    write_json(tmp_path / "config.json",
+               {"stages": {"data": {"source": "simulator"}}, "arms": [], "seeds": [], "preset": "smoke"})
     monkeypatch.setattr(runner, "execute_notebook", full)
     with pytest.raises(OSError, match="the disk is full: free some space there") as caught:
         runner.run_stage(tmp_path, "data")

@@ -29,7 +29,7 @@ from grpo_engage.base.core import (
 from .arm_files import arm_file_name, file_replies
 from .conclusions import beside_projection, compare_arms, decide, recommend
 from .generation import COLUMNS, RIVALS, generate_part, plan_jobs
-from .pictures import draw_figures, plot_pass_curves  # noqa: F401
+from .pictures import draw_figures, plot_frontier, plot_pass_curves  # noqa: F401
 from .robustness import robustness_table
 from grpo_engage.evaluation.scoring import (
     allowed,
@@ -45,7 +45,7 @@ from grpo_engage.evaluation.scoring import (
 )
 from .training_path import plot_training_path, training_path
 from ..text.embedding import embed
-from ..text.metrics import distinct_n, rouge_l, self_bleu, words  # noqa: F401
+from ..text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words  # noqa: F401
 from grpo_engage.text.sets import (  # noqa: F401
     CopiedSpans,
     ead,

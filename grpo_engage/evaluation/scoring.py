@@ -18,7 +18,7 @@ import pandas as pd
 
 from ..base.core import child_seed, file_sha256, read_json, write_json
 from ..data.simulator import gold_appeal
-from .post_metrics import read_replies, why_missing  # noqa: F401
+from .post_metrics import metrics_by_post, read_replies, why_missing  # noqa: F401
 from ..rewards.heuristic import HeuristicReward
 from ..rewards.reward_model import EngagementRewardModel, beat_probability
 from ..stats.intervals import cluster_bootstrap, holm, paired_difference

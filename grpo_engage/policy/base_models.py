@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from ..base.core import atomic_folder, child_seed, file_sha256, models_dir, progress, say, write_json
+from ..base.source_code import definitions_used
 from ..data.simulator import simulate_text
 
 # %% ../../nbs/policy/00_base_models.ipynb #c004
@@ -220,10 +221,10 @@ def _build_nano(folder: Path) -> dict:
 
 @functools.cache
 def nano_key() -> str:
-    """Twelve hex digits over nano's settings and what the simulator writes: a change of either is another model."""
-    # What it writes, not its source: a comment, or how it draws likes, is no reason to pretrain again.
-    sample = nano_corpus(1000, NANO["seed"]).to_json(orient="values")
-    return sha256(json.dumps(NANO, sort_keys=True).encode() + sample.encode()).hexdigest()[:12]
+    """Twelve hex digits over nano's settings and the code that builds it: a change of either is another model."""
+    # What `_build_nano` uses, not whole modules: how likes are drawn is no reason to pretrain again.
+    code = definitions_used("grpo_engage.policy.base_models", ["_build_nano"])
+    return sha256(json.dumps([NANO, code], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def ensure_policy(name: str) -> Path | str:

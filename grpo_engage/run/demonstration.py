@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from ..base.core import demo_run_dir
-from .settings import STAGES, known_stage
+from .settings import known_stage
 
 # %% ../../nbs/run/05_demonstration.ipynb #c005
 _SCORED = ["data", "heuristic_reward", "reward_model", "policy"]

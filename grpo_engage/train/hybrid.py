@@ -35,7 +35,7 @@ from ..rewards.heuristic import HeuristicReward
 from ..rewards.reward_model import CombinedReward, EngagementRewardModel
 from .arm_training import train_arm
 from .many_processes import train_arm_in_processes
-from .objective import arm_objective
+from .objective import ARMS, arm_objective, trainable_arm
 from .watching import Watch, training_judge, watch_figure, watched_posts
 
 _all_ = ["ARMS", "trainable_arm"]  # named in a light module, so that a command line need not load torch
