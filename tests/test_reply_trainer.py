@@ -14,10 +14,11 @@ from grpo_engage.base.core import REPO_ROOT
 from grpo_engage.policy.replies import clean_text, format_prompt, load_policy
 from grpo_engage.studies.enumeration import expected_gradient, relative_error, tiny_metric, tiny_trainer
 from grpo_engage.text.diversity import marginal_credit
-from grpo_engage.train.advantages import max_at_k_advantage, rms_scaled
+from grpo_engage.train.advantages import group_advantage, max_at_k_advantage, rms_scaled
 from grpo_engage.train.arm_training import make_trainer
 from grpo_engage.train.loop import lora_config
-from grpo_engage.train.trainer import Objective, ReplyTrainer, group_advantage
+from grpo_engage.train.objective import Objective
+from grpo_engage.train.trainer import ReplyTrainer
 
 specification = importlib.util.spec_from_file_location("gradient", REPO_ROOT / "proofs" / "gradient.py")
 proof = importlib.util.module_from_spec(specification)
