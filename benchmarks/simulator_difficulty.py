@@ -21,7 +21,8 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
-from grpo_engage.data.simulator import gold_appeal, simulate_pairs
+from grpo_engage.data.gold import gold_appeal
+from grpo_engage.data.simulator import simulate_pairs
 
 CONFOUNDS = ("reply_author_followers", "reply_time_diff_seconds", "tweet_likes", "broadcast")
 

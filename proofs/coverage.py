@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from grpo_engage.base.core import write_csv
-from grpo_engage.stats.intervals import crossed_variance
+from grpo_engage.stats.crossed import crossed_variance
 
 N_POSTS = 60
 # design: (share of the sampling variance that lies in single cells, posts in conversations, skewed)

@@ -13,7 +13,7 @@ from grpo_engage.run.settings import load_preset, notebook_of, read_parameters, 
 from grpo_engage.train import hybrid
 from grpo_engage.train.arm_training import make_trainer, train_arm
 from grpo_engage.train.loop import tidy_log
-from grpo_engage.train.trainer import Objective
+from grpo_engage.train.objective import ARMS, Objective
 from grpo_engage.train.watching import training_judge, watched_posts
 
 
@@ -60,9 +60,9 @@ def conversations(arguments):
 
 
 def test_disjoint_phases_share_no_conversation_and_leave_none_out(stage):
-    whole = {arm: conversations(stage(arm=arm)) for arm in hybrid.ARMS}
+    whole = {arm: conversations(stage(arm=arm)) for arm in ARMS}
     assert whole["baseline"] == whole["grpo"] == whole["polychromic"] == whole["hybrid"]
-    halves = {arm: conversations(stage(arm=arm, phase_split="disjoint")) for arm in hybrid.ARMS}
+    halves = {arm: conversations(stage(arm=arm, phase_split="disjoint")) for arm in ARMS}
     assert halves["baseline"] == halves["polychromic"] and halves["grpo"] == halves["hybrid"]
     assert not halves["baseline"] & halves["grpo"] and halves["baseline"] | halves["grpo"] == whole["grpo"]
     assert min(map(len, halves.values())) > len(whole["grpo"]) / 4
@@ -171,7 +171,7 @@ def test_every_hyperparameter_of_the_strategy_is_documented_with_its_range():
 
 def test_presets_follow_the_strategy_where_the_model_is_large():
     train = resolve_config(load_preset("gpu"))["stages"]["train"]
-    for arm in hybrid.ARMS:
+    for arm in ARMS:
         assert train[arm]["learning_rate_policy"] == 1e-5 and train[arm]["learning_rate_supervised"] == 2e-4
         assert train[arm]["gradient_accumulation"] == 8 and train[arm]["watch_every"] > 0
         replies = train[arm]["batch_size"] if arm == "baseline" else (

@@ -10,7 +10,7 @@ import statsmodels.api as sm
 from scipy import stats
 
 from grpo_engage.base.core import REPO_ROOT
-from grpo_engage.stats.intervals import crossed_difference, crossed_power, crossed_variance, posts_and_seeds_needed
+from grpo_engage.stats.crossed import crossed_difference, crossed_power, crossed_variance, posts_and_seeds_needed
 
 _spec = importlib.util.spec_from_file_location("coverage_proof", REPO_ROOT / "proofs" / "coverage.py")
 proof = importlib.util.module_from_spec(_spec)

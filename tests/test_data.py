@@ -23,7 +23,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from grpo_engage.base.core import SPLITS, read_json
 from grpo_engage.data import pairs as data
 from grpo_engage.data import reading, rows, splitting
-from grpo_engage.data.pairs import data_stage, load_pairs, read_pairs
+from grpo_engage.data.gold import gold_appeal
+from grpo_engage.data.pairs import data_stage, load_pairs
+from grpo_engage.data.reading import read_pairs
 
 GOOD = {
     "tweet": "Our bakery opens at six tomorrow.",
@@ -591,7 +593,7 @@ def test_stage_from_simulator_is_reproducible(tmp_path):
         assert (tmp_path / "a/data" / file).read_bytes() == (tmp_path / "b/data" / file).read_bytes(), file
     pairs = load_pairs(tmp_path / "a")
     assert set(pairs.split) == set(SPLITS) and list(pairs.columns) == [*rows.PAIR_COLUMNS, "split"]
-    assert data.gold_appeal(pairs.tweet.tolist()[:3], pairs.reply.tolist()[:3]).shape == (3,)
+    assert gold_appeal(pairs.tweet.tolist()[:3], pairs.reply.tolist()[:3]).shape == (3,)
     assert not data_stage(tmp_path / "c", n_conversations=60, seed=5).equals(pairs)
 
 

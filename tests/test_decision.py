@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from grpo_engage.evaluation.conclusions import GUARDED, PROJECTED, beside_projection, compare_arms, decide, recommend
-from grpo_engage.stats.intervals import crossed_difference
+from grpo_engage.stats.crossed import crossed_difference
 
 GOOD = {"pass@1": 0.5, "pass@5": 0.8, "pass@10": 0.9, "self_bleu": 0.2, "rouge_l": 0.4, "judge_engagement": 0.8}
 

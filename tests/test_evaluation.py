@@ -18,9 +18,8 @@ from scipy.stats import hypergeom, mannwhitneyu
 
 from grpo_engage.base.core import REPO_ROOT
 from grpo_engage.evaluation import evaluation, generation, post_metrics, scoring
-from grpo_engage.evaluation.evaluation import distinct_n, pass_at_k, rouge_l, self_bleu
 from grpo_engage.stats.intervals import paired_difference
-from grpo_engage.text.metrics import words
+from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
 
 # ---- metrics against something independent ---------------------------------------------------------------------------
 

@@ -12,10 +12,11 @@ from transformers import TrainerCallback
 from grpo_engage.base.core import file_sha256
 from grpo_engage.policy.replies import load_policy, reply_nll
 from grpo_engage.train.advantages import group_advantage
-from grpo_engage.train.arm_training import RewardError, largest_divisor, make_grpo_trainer, train_grpo, train_supervised
-from grpo_engage.train.hybrid import ARMS, pilot_verdict, train_stage, trainable_arm
+from grpo_engage.train.arm_training import largest_divisor, make_grpo_trainer, train_grpo, train_supervised
+from grpo_engage.train.hybrid import pilot_verdict, train_stage
 from grpo_engage.train.loop import tidy_log
-from grpo_engage.train.objective import Objective
+from grpo_engage.train.objective import ARMS, Objective, trainable_arm
+from grpo_engage.train.stopping import RewardError
 
 
 class Killed(Exception):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_engage.base.core import write_parquet
-from grpo_engage.data.pairs import simulate_pairs
+from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.rewards.exploits import EXPLOITS, exploit_replies
 from grpo_engage.rewards.heuristic import (
     DEFAULT_WEIGHTS,

@@ -27,16 +27,11 @@ from grpo_engage.rewards.circumstances import (
 )
 from grpo_engage.rewards.context_model import ContextModel, context_features
 from grpo_engage.rewards.encoder_tuning import TunedMiniLMBackbone
-from grpo_engage.rewards.engagement_model import shuffled_label_twins
+from grpo_engage.rewards.engagement_model import EngagementRewardModel, shuffled_label_twins
 from grpo_engage.rewards.heuristic import clear_pairs, pairwise_accuracy
 from grpo_engage.rewards.overoptimisation import misjudged
 from grpo_engage.rewards.pairwise import bradley_terry_loss, pair_features, training_pairs
-from grpo_engage.rewards.reward_model import (
-    CombinedReward,
-    EngagementRewardModel,
-    beat_probability,
-    reward_model_stage,
-)
+from grpo_engage.rewards.reward_model import CombinedReward, beat_probability, reward_model_stage
 from grpo_engage.rewards.text_evidence import TYPICALITY, TextEvidence
 from grpo_engage.rewards.validation import (
     accuracy,

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from grpo_engage.data import simulator
-from grpo_engage.data.gold import COMPONENTS, gold_components, strategy_fit, tokenize
+from grpo_engage.data.gold import COMPONENTS, gold_appeal, gold_components, strategy_fit, tokenize
 from grpo_engage.data.grammar import KINDS, STRATEGIES, TONES, TOPICS, write_post, write_reply
-from grpo_engage.data.simulator import draw_context, draw_likes, gold_appeal, simulate_pairs, simulate_text
+from grpo_engage.data.simulator import draw_context, draw_likes, simulate_pairs, simulate_text
 
 SPEC = importlib.util.spec_from_file_location(
     "simulator_difficulty", Path(__file__).parents[1] / "benchmarks" / "simulator_difficulty.py")

@@ -19,8 +19,9 @@ from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 from grpo_engage.base.core import file_sha256
 from grpo_engage.policy import replies as policy
 from grpo_engage.policy.replies import load_policy, loading_settings
-from grpo_engage.train.arm_training import RewardError, make_trainer, train_arm, train_supervised
+from grpo_engage.train.arm_training import make_trainer, train_arm, train_supervised
 from grpo_engage.train.objective import Objective
+from grpo_engage.train.stopping import RewardError
 from grpo_engage.train.trainer import ReplyTrainer
 from grpo_engage.train.watching import Watch, WatchReplies, parting, reporting, samples_page, watch_table
 

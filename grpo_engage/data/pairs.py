@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHEME_REFERENCE', 'require_within_post_pairs', 'separate_posts', 'sample_conversations', 'margins', 'draw_margins',
-           'data_stage', 'load_pairs', 'demo', 'read_pairs', 'split_conversations', 'near_copies', 'simulate_pairs',
-           'gold_appeal']
+           'data_stage', 'load_pairs', 'demo']
 
 # %% ../../nbs/01_data.ipynb #c002
 from collections.abc import Mapping, Sequence
@@ -17,10 +16,8 @@ import pandas as pd
 from ..base.core import child_seed, savefig, say, stage_manifest, style, write_csv, write_parquet
 from .reading import read_pairs
 from .rows import NUMBER_FIELDS, PairTables, derive_conversation_id
-from .simulator import gold_appeal, simulate_pairs  # noqa: F401
+from .simulator import simulate_pairs
 from .splitting import check_fractions, near_copies, split_conversations
-
-_all_ = ["read_pairs", "split_conversations", "near_copies", "simulate_pairs", "gold_appeal"]  # nbdev: passed on
 
 # %% ../../nbs/01_data.ipynb #c006
 def require_within_post_pairs(pairs: pd.DataFrame, label: str = "reply_likes", needed_by: str = "this stage") -> int:

@@ -13,7 +13,8 @@ import warnings
 import numpy as np
 import pandas as pd
 
-from ..stats.intervals import crossed_difference, holm
+from ..stats.crossed import crossed_difference
+from ..stats.intervals import holm
 
 # %% ../../nbs/evaluation/04_conclusions.ipynb #c003
 # tier, metric, whether higher is better, threshold
@@ -35,7 +36,7 @@ PROJECTED = pd.DataFrame(
 def value_matrix(by_post: pd.DataFrame, arm: str, metric: str) -> pd.DataFrame:
     """Values (seeds, posts) of one arm and metric; posts with a NaN are left out. Empty where there are none.
 
-    by_post: columns arm, seed, post, metric, value, as `scoring.metrics_by_post` gives.
+    by_post: columns arm, seed, post, metric, value, as `post_metrics.metrics_by_post` gives.
     """
     chosen = by_post[(by_post["arm"] == arm) & (by_post["metric"] == metric)]
     return chosen.pivot(index="seed", columns="post", values="value").dropna(axis=1)

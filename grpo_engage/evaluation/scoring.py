@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Scorer', 'BLOCKING_GUARDS', 'HEADLINE', 'beat_fraction', 'arms_reward', 'engagement_scorers', 'second_judge',
            'score_replies', 'allowed', 'choose_tau', 'calibrate', 'frozen_mark', 'summary_table',
-           'compare_with_baseline', 'pass_curves', 'metrics_by_post']
+           'compare_with_baseline', 'pass_curves']
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c002
 import hashlib
@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 
 from ..base.core import child_seed, file_sha256, read_json, write_json
-from ..data.simulator import gold_appeal
-from .post_metrics import metrics_by_post, read_replies, why_missing  # noqa: F401
+from ..data.gold import gold_appeal
+from .post_metrics import read_replies, why_missing
+from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.heuristic import HeuristicReward
-from ..rewards.reward_model import EngagementRewardModel, beat_probability
+from ..rewards.reward_model import beat_probability
 from ..stats.intervals import cluster_bootstrap, holm, paired_difference
 from ..text.metrics import pass_at_k
 from ..train.hybrid import training_reward
@@ -42,7 +43,6 @@ def beat_fraction(scores: Sequence[float], reference_scores: Sequence[Sequence[f
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c009
 Scorer = tuple[Callable[[Sequence[str], Sequence[str]], np.ndarray], Callable[..., np.ndarray]]
-_all_ = ["metrics_by_post"]  # defined in evaluation/02_post_metrics, and looked for here
 
 
 def arms_reward(run_dir: Path, trained: Sequence[tuple[str, int]]) -> tuple[Callable, str]:

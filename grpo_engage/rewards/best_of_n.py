@@ -16,9 +16,9 @@ from ..data.gold import gold_appeal
 from ..data.pairs import load_pairs
 from ..policy import replies as policy
 from . import reward_model
+from .engagement_model import EngagementRewardModel
 from .heuristic import DEFAULT_WEIGHTS, HeuristicReward
 from .overoptimisation import compare_picks, curves, curves_figure, fit_peak, misjudged
-from .reward_model import EngagementRewardModel
 
 # %% ../../nbs/05_best_of_n.ipynb #c005
 LEARNED_WEIGHTS = (0.3, 0.5, 0.6, 0.7, 0.8)

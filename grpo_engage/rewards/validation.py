@@ -14,7 +14,7 @@ import pandas as pd
 from scipy.special import expit
 
 from ..base.core import child_seed, style
-from ..data.simulator import gold_appeal
+from ..data.gold import gold_appeal
 from .heuristic import clear_pairs, pairwise_accuracy
 from ..stats.intervals import cluster_bootstrap, seed_interval
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_STEPS_TO_TELL', 'WATCHED', 'UnvalidatedReward', 'training_reward', 'pilot_verdict', 'curves_figure',
-           'training_watch', 'train_stage', 'demo', 'ARMS', 'trainable_arm']
+           'training_watch', 'train_stage', 'demo']
 
 # %% ../../nbs/07_hybrid.ipynb #c002
 import json
@@ -31,14 +31,13 @@ from ..data.pairs import load_pairs
 from ..policy import replies as policy
 from ..policy.replies import load_adapted, load_policy, loading_options, read_policy, reply_nll
 from ..rewards import reward_model
+from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.heuristic import HeuristicReward
-from ..rewards.reward_model import CombinedReward, EngagementRewardModel
+from ..rewards.reward_model import CombinedReward
 from .arm_training import train_arm
 from .many_processes import train_arm_in_processes
-from .objective import ARMS, arm_objective, trainable_arm
+from .objective import arm_objective
 from .watching import Watch, training_judge, watch_figure, watched_posts
-
-_all_ = ["ARMS", "trainable_arm"]  # named in a light module, so that a command line need not load torch
 
 # %% ../../nbs/07_hybrid.ipynb #c007
 class UnvalidatedReward(ValueError):

@@ -27,7 +27,7 @@ from transformers.integrations import TensorBoardCallback
 from trl.models import unwrap_model_for_generation
 
 from ..base.core import ARM_COLOURS, _atomic_path, child_seed, say, style, write_csv, write_parquet
-from ..data.simulator import gold_appeal
+from ..data.gold import gold_appeal
 from ..policy.replies import clean_text, generate_replies
 from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.reward_model import beat_probability
