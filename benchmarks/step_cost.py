@@ -25,6 +25,7 @@ from grpo_engage.policy.base_models import ensure_policy
 from grpo_engage.rewards.heuristic import HeuristicReward
 from grpo_engage.train.arm_training import make_trainer
 from grpo_engage.train.objective import ARMS
+from grpo_engage.train.settings import TrainSettings
 
 PARTS = {"_generate": "generation", "_calculate_rewards": "reward", "_combined_advantages": "reward"}
 
@@ -55,11 +56,11 @@ class StepClock(TrainerCallback):
 
 def measure(arm: str, base: Path | str, pairs: pd.DataFrame, given: argparse.Namespace, folder: Path) -> list[dict]:
     clock = StepClock()
-    trainer = make_trainer(base, pairs, folder, objective=ARMS[arm], max_steps=given.steps + 1, learning_rate=1e-5,
-                           reward=HeuristicReward(), batch_size=given.posts * given.generations,
-                           posts_per_step=given.posts, num_generations=given.generations,
-                           max_new_tokens=given.new_tokens, kl_weight=0.02 if ARMS[arm].beta else 0.0,
-                           save_steps=10**6, label=arm, callbacks=[clock])
+    settings = TrainSettings.make(
+        arm=arm, max_steps=given.steps + 1, learning_rate_supervised=1e-5, learning_rate_policy=1e-5,
+        batch_size=given.posts * given.generations, posts_per_step=given.posts, num_generations=given.generations,
+        max_new_tokens=given.new_tokens, gradient_accumulation=0, save_steps=10**6, report_to="none")
+    trainer = make_trainer(base, pairs, folder, settings, reward=HeuristicReward(), label=arm, callbacks=[clock])
     for name, part in PARTS.items():
         setattr(trainer, name, clock.watch(getattr(trainer, name), part))
     trainer.train()

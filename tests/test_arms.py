@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from test_grpo_trainer import KillAfter, Killed, brevity
+from training import make_trainer, train_arm
 
 from grpo_engage.base.core import file_sha256, write_json, write_parquet
 from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.run.settings import load_preset, notebook_of, read_parameters, resolve_config
 from grpo_engage.train import hybrid
-from grpo_engage.train.arm_training import make_trainer, train_arm
 from grpo_engage.train.loop import tidy_log
 from grpo_engage.train.objective import ARMS, Objective
 from grpo_engage.train.watching import training_judge, watched_posts
@@ -131,7 +131,7 @@ def test_a_pass_indicator_is_what_training_sees(base, pairs, tmp_path):
 
     trainer = make_trainer(base, pairs, tmp_path, objective=Objective(0.0, 1.0, 0.0), reward=noted, max_steps=1,
                            learning_rate=1e-3, posts_per_step=4, num_generations=4, max_new_tokens=12,
-                           pass_threshold=0.35)
+                           reward_pass_threshold=0.35)
     trainer.train()
     passes = np.array(scored) >= 0.35
     assert 0 < passes.mean() < 1

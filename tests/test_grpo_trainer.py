@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import make_grpo_trainer, train_grpo, train_supervised
 from transformers import TrainerCallback
 
 from grpo_engage.base.core import file_sha256
 from grpo_engage.policy.replies import load_policy, reply_nll
 from grpo_engage.train.advantages import group_advantage
-from grpo_engage.train.arm_training import largest_divisor, make_grpo_trainer, train_grpo, train_supervised
+from grpo_engage.train.arm_training import largest_divisor
 from grpo_engage.train.hybrid import pilot_verdict, train_stage
 from grpo_engage.train.loop import tidy_log
 from grpo_engage.train.objective import ARMS, Objective, trainable_arm

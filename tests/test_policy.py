@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
+from training import train_supervised
 
 from grpo_engage.base.core import read_json
 from grpo_engage.data import pairs as data
@@ -17,7 +18,6 @@ from grpo_engage.policy import base_models
 from grpo_engage.policy import replies as policy
 from grpo_engage.policy.base_models import NANO, ensure_policy, nano_corpus, pretrain_nano
 from grpo_engage.policy.replies import clean_text, format_prompt, generate_replies, load_adapted, load_policy, reply_nll
-from grpo_engage.train.arm_training import train_supervised
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")

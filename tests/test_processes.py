@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from training import make_trainer
 
 from grpo_engage.base.core import REPO_ROOT
 from grpo_engage.base.processes import launch_command, run_processes
-from grpo_engage.train.arm_training import make_trainer
 from grpo_engage.train.objective import Objective
 
 specification = importlib.util.spec_from_file_location("processes", REPO_ROOT / "proofs" / "processes.py")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from training import make_trainer
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -15,7 +16,6 @@ from grpo_engage.policy.replies import clean_text, format_prompt, load_policy
 from grpo_engage.studies.enumeration import expected_gradient, relative_error, tiny_metric, tiny_trainer
 from grpo_engage.text.diversity import marginal_credit
 from grpo_engage.train.advantages import group_advantage, max_at_k_advantage, rms_scaled
-from grpo_engage.train.arm_training import make_trainer
 from grpo_engage.train.loop import lora_config
 from grpo_engage.train.objective import Objective
 from grpo_engage.train.trainer import ReplyTrainer

@@ -10,23 +10,23 @@ import sys
 import time
 
 import pytest
+from training import train_arm
 from transformers import TrainerCallback
 
 from grpo_engage.base.core import REPO_ROOT, file_sha256, write_json
 from grpo_engage.base.storage import check_writable
 from grpo_engage.run import runner
 from grpo_engage.run.cli import main
-from grpo_engage.train.arm_training import train_arm
 from grpo_engage.train.objective import Objective
 
 OPTIONS = dict(objective=Objective(1.0, 0.0, 0.3), max_steps=5, learning_rate=1e-3, posts_per_step=2, num_generations=2,
-               max_new_tokens=6, lora_rank=4, save_steps=2)
+               max_new_tokens=6, lora_r=4, save_steps=2)
 SCRIPT = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_survival import OPTIONS
-from grpo_engage.train.arm_training import train_arm
+from training import train_arm
 from grpo_engage.policy.base_models import ensure_policy
 from grpo_engage.data.simulator import simulate_pairs
 train_arm(ensure_policy("nano"), simulate_pairs(30, seed=8)[["tweet", "reply"]], Path(sys.argv[2]), **OPTIONS)

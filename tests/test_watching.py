@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing import event_accumulator
 from test_grpo_trainer import Killed, brevity
+from training import make_trainer, train_arm, train_supervised
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 
 from grpo_engage.base.core import file_sha256
 from grpo_engage.policy import replies as policy
 from grpo_engage.policy.replies import load_policy, loading_settings
-from grpo_engage.train.arm_training import make_trainer, train_arm, train_supervised
 from grpo_engage.train.objective import Objective
 from grpo_engage.train.stopping import RewardError
 from grpo_engage.train.trainer import ReplyTrainer
@@ -272,7 +273,8 @@ def test_a_report_with_its_package_stays_on_this_machine(package, tmp_path):
     pytest.importorskip(package)
     program = ("import sys\n"
                "from pathlib import Path\n"
-               "from grpo_engage.train.arm_training import train_supervised\n"
+               f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+               "from training import train_supervised\n"
                "from grpo_engage.policy.base_models import ensure_policy\n"
                "from grpo_engage.data.simulator import simulate_pairs\n"
                "pairs = simulate_pairs(30, seed=8)[['tweet', 'reply']]\n"

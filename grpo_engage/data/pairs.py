@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PHEME_REFERENCE', 'require_within_post_pairs', 'separate_posts', 'sample_conversations', 'margins', 'draw_margins',
-           'data_stage', 'load_pairs', 'demo']
+           'data_stage', 'load_pairs']
 
 # %% ../../nbs/01_data.ipynb #c002
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import pandas as pd
 from ..base.core import child_seed, savefig, say, stage_manifest, style, write_csv, write_parquet
 from .reading import read_pairs
 from .rows import NUMBER_FIELDS, PairTables, derive_conversation_id
+from .settings import DataSettings
 from .simulator import simulate_pairs
 from .splitting import check_fractions, near_copies, split_conversations
 
@@ -139,57 +140,40 @@ def _usable(accepted: pd.DataFrame, rejected: pd.DataFrame, data_path: str, fold
         say(f"data: {len(rejected):,} of {len(accepted) + len(rejected):,} rows rejected ({common}); see rejected.csv")
 
 
-def data_stage(
-    run_dir: Path,
-    *,
-    source: str = "simulator",
-    data_path: str = "",
-    n_conversations: int = 120,
-    max_conversations: int = 0,
-    max_examples: int = 0,
-    min_replies_per_post: int = 1,
-    fractions: Mapping[str, float] | Sequence[float] | None = None,
-    seed: int = 0,
-) -> pd.DataFrame:
+def data_stage(run_dir: Path, settings: DataSettings | None = None, **changes: object) -> pd.DataFrame:
     """Write `run_dir`/data/: pairs.parquet, rejected.csv, margins.csv, near_copies.csv, figures/data_margins.*.
 
-    Parameters as in the notebook's parameters cell. Returns the pairs with `split`. Raises ValueError for a
-    parameter out of range, no usable pair, or fewer than five conversations; OSError for a file that cannot be read.
+    settings: see `DataSettings`; changes: some of its parameters. Returns the pairs with `split`. Raises ValueError for
+    a parameter out of range, no usable pair, or fewer than five conversations; OSError for an unreadable file.
     """
-    folder = Path(run_dir) / "data"
-    shares = check_fractions(fractions)
-    if source not in ("simulator", "file") or (source == "file") != bool(data_path):
-        raise ValueError(f"source is {source!r} and data_path {data_path!r}: use source 'file' with a data_path, or "
-                         "source 'simulator' without")  # fmt: skip
-    for name, value in {"n_conversations": n_conversations, "min_replies_per_post": min_replies_per_post}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
-    for name, value in {"max_conversations": max_conversations, "max_examples": max_examples}.items():
-        if value < 0:
-            raise ValueError(f"{name} is {value}; it must be 0 (no limit) or positive")
-    parameters = {"source": source, "data_path": data_path, "n_conversations": n_conversations, "fractions": shares,
-                  "max_conversations": max_conversations, "max_examples": max_examples,
-                  "min_replies_per_post": min_replies_per_post, "seed": seed}  # fmt: skip
-    with stage_manifest(folder, "data", parameters, [Path(data_path).expanduser()] if data_path else []) as manifest:
-        if source == "file":
+    given = DataSettings.given(settings, **changes)
+    folder, seed, data_path = Path(run_dir) / "data", given.seed, given.data_path
+    if (given.source == "file") != bool(data_path):
+        raise ValueError(f"source is {given.source!r} and data_path {data_path!r}: use source 'file' with a data_path, or "
+                         "source 'simulator' without")
+    shares = check_fractions(given.fractions)
+    inputs = [Path(data_path).expanduser()] if data_path else []
+    with stage_manifest(folder, "data", given.recorded(), inputs) as manifest:
+        if given.source == "file":
             accepted, rejected = read_pairs(data_path)
         else:
-            accepted, rejected = _simulated(n_conversations, seed), PairTables().tables()[1]
+            accepted, rejected = _simulated(given.n_conversations, seed), PairTables().tables()[1]
         write_csv(folder / "rejected.csv", rejected)
         _usable(accepted, rejected, data_path, folder)
-        kept = sample_conversations(accepted, seed, max_conversations, max_examples, min_replies_per_post)
+        kept = sample_conversations(accepted, seed, given.max_conversations, given.max_examples,
+                                    given.min_replies_per_post)
         manifest["counts"] = {"rows": len(accepted) + len(rejected), "accepted": len(accepted),
                               "rejected": len(rejected), "pairs": len(kept)}  # fmt: skip
         if kept.empty:
-            raise ValueError(f"none of {len(accepted):,} pairs is left: no post has {min_replies_per_post} replies, or "
-                             f"max_examples={max_examples} is less than one conversation")  # fmt: skip
+            raise ValueError(f"none of {len(accepted):,} pairs is left: no post has {given.min_replies_per_post} "
+                             f"replies, or max_examples={given.max_examples} is less than one conversation")
         pairs = separate_posts(split_conversations(kept, shares, seed)).reset_index(drop=True)
         copies = near_copies(pairs)
         per_split = pairs.groupby("split").agg(conversations=("conversation_id", "nunique"), pairs=("row", "size"))
         manifest["counts"] |= {"conversations": pairs.conversation_id.nunique(),
                                "splits": per_split.to_dict("index"),
                                "near_copies": copies.kind.value_counts().to_dict()}  # fmt: skip
-        tables = {"data": pairs} if source == "file" else {}
+        tables = {"data": pairs} if given.source == "file" else {}
         # For the picture beside real data: as many simulated conversations, up to what the eye can use.
         tables["simulator"] = _simulated(min(pairs.conversation_id.nunique(), 6000), seed) if tables else pairs
         write_csv(folder / "margins.csv", pd.concat([margins(table, name) for name, table in tables.items()]))
@@ -208,9 +192,3 @@ def load_pairs(run_dir: Path) -> pd.DataFrame:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: run the data stage first")
     return pd.read_parquet(path)
-
-
-def demo(run_dir: Path) -> None:
-    """The data stage at demonstration size, unless `run_dir` has its output already."""
-    if not (Path(run_dir) / "data" / "pairs.parquet").exists():
-        data_stage(run_dir)

@@ -19,12 +19,14 @@ import pandas as pd
 from ..base.core import child_seed, file_sha256, read_json, write_json
 from ..data.gold import gold_appeal
 from .post_metrics import read_replies, why_missing
+from .settings import JUDGES
 from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.heuristic import HeuristicReward
 from ..rewards.reward_model import beat_probability
+from ..rewards.settings import RewardChoice
+from ..rewards.training_reward import training_reward
 from ..stats.intervals import cluster_bootstrap, holm, paired_difference
 from ..text.metrics import pass_at_k
-from ..train.hybrid import training_reward
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c005
 def beat_fraction(scores: Sequence[float], reference_scores: Sequence[Sequence[float]]) -> np.ndarray:
@@ -48,13 +50,14 @@ Scorer = tuple[Callable[[Sequence[str], Sequence[str]], np.ndarray], Callable[..
 def arms_reward(run_dir: Path, trained: Sequence[tuple[str, int]]) -> tuple[Callable, str]:
     """The reward that the first (arm, seed) of `trained` with a reward in its manifest was trained by, and its
     identifier with the hash of its weights; where none was (supervised arms alone), the combined reward."""
-    kind, weight = "combined", 0.8
     for arm, seed in trained:
         manifest = Path(run_dir) / "train" / arm / f"seed{seed}" / "manifest.json"
         if manifest.exists() and "reward" in (facts := read_json(manifest)):
-            kind, weight = facts["parameters"]["reward"], facts["parameters"]["reward_weight_learned"]
+            choice = {name: facts["parameters"][name] for name in ("reward", "reward_weight_learned")}
             break
-    return training_reward(run_dir, kind, weight, allow_unvalidated=True)[:2]
+    else:
+        choice = {}
+    return training_reward(run_dir, RewardChoice.make(**choice), allow_unvalidated_reward=True)[:2]
 
 
 def engagement_scorers(run_dir: Path, judge: str, is_simulated: bool,
@@ -64,8 +67,8 @@ def engagement_scorers(run_dir: Path, judge: str, is_simulated: bool,
     `judge`: "gold" (the simulator's truth; ValueError on other data), "model" (reward_model/judge), or "auto".
     The reward: see `arms_reward`.
     """
-    if judge not in ("auto", "gold", "model"):
-        raise ValueError(f"judge must be auto, gold or model, got {judge!r}")
+    if judge not in JUDGES:
+        raise ValueError(f"judge must be one of {', '.join(JUDGES)}, got {judge!r}")
     if judge == "gold" and not is_simulated:
         raise ValueError("judge='gold' is the simulator's own truth and knows no other data; use judge='model'")
     reward = (arms_reward(run_dir, trained)[0], beat_fraction)

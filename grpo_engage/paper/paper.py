@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEDS_FOR_A_CLAIM', 'SEEDS_FOR_A_CLAIM_NANO', 'FIGURES', 'is_smoke', 'claim_statement', 'banner', 'result_sentences',
            'training_sentences', 'metric_macros', 'parameter_macros', 'reward_macros', 'reward_statement', 'run_macros',
-           'macros_text', 'paper_stage', 'demo']
+           'macros_text', 'paper_stage']
 
 # %% ../../nbs/09_paper.ipynb #c003
 import math
@@ -42,6 +42,7 @@ from grpo_engage.paper.results import (
     stage_seconds,
     training_cost,
 )
+from .settings import PaperSettings
 
 # %% ../../nbs/09_paper.ipynb #c006
 SEEDS_FOR_A_CLAIM = 3
@@ -207,22 +208,19 @@ def macros_text(macros: Mapping[str, str]) -> str:
 FIGURES = {"data_margins": margins_figure, "training_curves": training_figure, "pass_at_k": pass_figure}
 
 
-def paper_stage(run_dir: Path, *, arms: Sequence[str], seeds: Sequence[int], preset: str, title: str,
-                engine: str = "auto", usd_per_hour: float = 0.0) -> dict[str, str]:  # fmt: skip
+def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes: object) -> dict[str, str]:
     """Write run_dir/paper: figures/*.pdf and *.png, tables/*.tex, macros.tex, main.tex, references.bib and main.pdf.
 
     Reads the run's files alone (see `exhibits.load_run`), and paper/main.tex. Returns what `build_pdf` says: engine,
     path, note. Raises what `load_run` and `build_pdf` raise: a missing file, an unfinished stage or arm, a macro that
     the run does not define, a PDF that cannot be built.
     """
-    run_dir = Path(run_dir)
-    folder, source = run_dir / "paper", REPO_ROOT / "paper"
-    parameters = {"arms": list(arms), "seeds": list(seeds), "preset": preset, "title": title, "engine": engine,
-                  "usd_per_hour": usd_per_hour}  # fmt: skip
+    given, run_dir = PaperSettings.given(settings, **changes), Path(run_dir)
+    folder, source, usd_per_hour = run_dir / "paper", REPO_ROOT / "paper", given.usd_per_hour
     inputs = [source / "main.tex", source / "references.bib", *(run_dir / "evaluation" / name for name in (
         "metrics.csv", "comparisons.csv", "curves.csv", "pass.json"))]  # fmt: skip
-    with stage_manifest(folder, "paper", parameters, inputs, usd_per_hour) as manifest:
-        run = load_run(run_dir, arms, seeds)
+    with stage_manifest(folder, "paper", given.recorded(), inputs, usd_per_hour) as manifest:
+        run = load_run(run_dir, given.arms, given.seeds)
         for name in ("figures", "tables"):
             shutil.rmtree(folder / name, ignore_errors=True)  # another version's may have other names
         for name, draw in FIGURES.items():
@@ -230,25 +228,16 @@ def paper_stage(run_dir: Path, *, arms: Sequence[str], seeds: Sequence[int], pre
         tables = {"results": results_table(run, usd_per_hour), "rivals": rivals_table(run),
                   "comparisons": comparisons_table(run),
                   "data": data_table(run), "rewards": rewards_table(run),
-                  "provenance": provenance_table(run, preset)}  # fmt: skip
+                  "provenance": provenance_table(run, given.preset)}  # fmt: skip
         if unvalidated(run):
             tables = {name: mark_unvalidated(text) for name, text in tables.items()}
         (folder / "tables").mkdir()
         for name, text in tables.items():
             (folder / "tables" / f"{name}.tex").write_text(text, encoding="utf-8")
-        macros = run_macros(run, title=title, preset=preset, usd_per_hour=usd_per_hour)
+        macros = run_macros(run, title=given.title, preset=given.preset, usd_per_hour=usd_per_hour)
         (folder / "macros.tex").write_text(macros_text(macros), encoding="utf-8")
         for name in ("main.tex", "references.bib"):
             shutil.copyfile(source / name, folder / name)
-        built = build_pdf(folder, engine)
-        manifest |= {"pdf": built, "smoke": is_smoke(preset, run.name), "claim": macros["ClaimStatement"]}
+        built = build_pdf(folder, given.engine)
+        manifest |= {"pdf": built, "smoke": is_smoke(given.preset, run.name), "claim": macros["ClaimStatement"]}
     return built
-
-
-def demo(run_dir: Path) -> None:
-    """Every stage up to this one at seconds-long size, skipping what is already there."""
-    from grpo_engage.evaluation import evaluation  # brings torch and TRL, which the paper itself does not need
-
-    evaluation.demo(run_dir)
-    if not (Path(run_dir) / "paper" / "main.pdf").exists():
-        paper_stage(run_dir, arms=["baseline", "grpo"], seeds=[0], preset="smoke", title="A demonstration")

@@ -22,7 +22,7 @@ class Loading(Settings):
     """Options of `load_policy` and `load_adapted`."""
 
     quantization: str = setting("none", "4bit needs a CUDA GPU and bitsandbytes (QLoRA)", choices=QUANTIZATION)
-    attention: str = setting("auto", "implementation, in every stage; auto: transformers'", choices=ATTENTION)
+    attention: str = setting("auto", "in every stage; auto: transformers' own choice", choices=ATTENTION)
     revision: str = setting("", "of a Hub model: branch, tag or commit; empty: its main branch")
 
 # %% ../../nbs/policy/02_settings.ipynb #c007
@@ -33,7 +33,7 @@ class PolicySettings(Settings):
     seed: int = setting(0, "seed of the samples")
     policy: str = setting("nano", "base model: nano, smollm2-135m, a Hub id or a local folder")
     loading: Loading = group(Loading)
-    instruction: str = setting(INSTRUCTION, "the system prompt, in training and evaluation too")
+    instruction: str = setting(INSTRUCTION, "the system prompt, everywhere")
     sample_posts: int = setting(4, "validation posts that the base model replies to, as a first look", low=1, high=1000)
     samples_per_post: int = setting(4, "replies to each of them", low=1, high=256)
     max_new_tokens: int = setting(28, "longest reply, in tokens", low=1, high=1024)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEFAULT_WEIGHTS', 'GUARDS', 'components', 'guards', 'guard_flags', 'HeuristicReward', 'clear_pairs',
-           'pairwise_accuracy', 'exploit_table', 'order_accuracy', 'heuristic_reward_stage', 'demo']
+           'pairwise_accuracy', 'exploit_table', 'order_accuracy', 'heuristic_reward_stage']
 
 # %% ../../nbs/02_heuristic_reward.ipynb #c003
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..base.core import child_seed, savefig, say, stage_manifest, style, write_csv, write_json, write_parquet
 from .exploits import exploit_replies
+from .settings import HeuristicSettings
 from ..stats.intervals import cluster_bootstrap
 from ..text.reply_text import clean_reply, count_pairs
 
@@ -210,30 +211,16 @@ def _figure(real: np.ndarray, exploits: pd.DataFrame, order: dict) -> plt.Figure
     return figure
 
 
-def heuristic_reward_stage(
-    run_dir: Path,
-    *,
-    weight_relevance: float = 0.25,
-    weight_length: float = 0.15,
-    weight_sentiment: float = 0.10,
-    weight_repetition: float = 0.10,
-    weight_question: float = 0.10,
-    weight_specificity: float = 0.20,
-    weight_safety: float = 0.10,
-    seed: int = 0,
-) -> pd.DataFrame:
+def heuristic_reward_stage(run_dir: Path, settings: HeuristicSettings | None = None, **changes: object) -> pd.DataFrame:
     """Score all pairs of run_dir/data/pairs.parquet; returns the exploit table.
 
     Writes run_dir/heuristic_reward/: scores.parquet (row, score, guard, components), exploits.csv, validation.json and
     heuristic_reward.{pdf,png}. Raises FileNotFoundError without the data stage's output, ValueError for bad weights.
     """
-    weights = dict(relevance=weight_relevance, length=weight_length, sentiment=weight_sentiment,
-                   repetition=weight_repetition, question=weight_question, specificity=weight_specificity,
-                   safety=weight_safety)
-    source, folder = Path(run_dir) / "data" / "pairs.parquet", Path(run_dir) / "heuristic_reward"
-    parameters = {f"weight_{name}": value for name, value in weights.items()} | {"seed": seed}
-    with stage_manifest(folder, stage="heuristic_reward", parameters=parameters, inputs=[source]) as manifest:
-        reward, pairs = HeuristicReward(weights), pd.read_parquet(source)
+    given = HeuristicSettings.given(settings, **changes)
+    source, folder, seed = Path(run_dir) / "data" / "pairs.parquet", Path(run_dir) / "heuristic_reward", given.seed
+    with stage_manifest(folder, "heuristic_reward", given.recorded(), [source]) as manifest:
+        reward, pairs = HeuristicReward(given.weights()), pd.read_parquet(source)
         explained = reward.explain(pairs.tweet.tolist(), pairs.reply.tolist())
         kept = explained[["score", "guard", *DEFAULT_WEIGHTS]].reset_index(drop=True)
         write_parquet(folder / "scores.parquet", pd.concat([pairs[["row"]].reset_index(drop=True), kept], axis=1))
@@ -257,12 +244,3 @@ def heuristic_reward_stage(
         say(f"heuristic reward: {exploits.refused.sum()} of {len(exploits)} exploits refused; accuracy on "
             f"{order['n_pairs']} clear pairs {order['heuristic']['estimate']:.3f}")
     return exploits
-
-
-def demo(run_dir: Path) -> None:
-    """The data stage's demonstration and this stage at its defaults, unless `run_dir` has its output already."""
-    from grpo_engage.data import pairs as data  # here, not above: scoring a pair needs no reader and no simulator
-
-    data.demo(run_dir)
-    if not (Path(run_dir) / "heuristic_reward" / "validation.json").exists():
-        heuristic_reward_stage(run_dir)

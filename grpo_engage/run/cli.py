@@ -19,7 +19,9 @@ import pandas as pd
 
 from ..base.core import REPO_ROOT, read_json, say, write_json
 from ..base.processes import end_with
+from ..base.settings import default_of, described
 from ..base.storage import check_writable
+from ..evaluation.settings import check_participants
 from grpo_engage.run.graph import (
     STAMP,
     finished_or_refuse,
@@ -31,8 +33,7 @@ from grpo_engage.run.graph import (
     stage_folder,
 )
 from .runner import failure_message, run_stage, snakemake
-from .settings import GRAPH_PARAMETERS, STAGES, load_preset, notebook_of, read_parameters, resolve_config
-from ..train.objective import check_arms
+from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
 
 # %% ../../nbs/run/02_cli.ipynb #c004
 def run_folder(name: str) -> Path:
@@ -102,11 +103,11 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
         if not path.is_file():
             raise ValueError(f"--data {args.data}: there is no such file")
         overrides = ["data.source=file", f"data.data_path={path}", *overrides]
-    config = resolve_config(load_preset(args.preset), overrides) | {"preset": args.preset}
-    check_arms(config["stages"]["train"])
+    name = Path(args.preset).stem  # a preset may be a file of one's own
+    config = resolve_config(load_preset(args.preset), overrides) | {"preset": name}
     if config["stages"]["data"]["source"] == "file" and not config["stages"]["data"]["data_path"]:
         raise ValueError(f"preset {args.preset!r} reads a file: give it with --data PATH (DATA=PATH for make)")
-    return run_folder(args.run or args.preset), config
+    return run_folder(args.run or name), config
 
 
 def _explain_failure(run_dir: Path, config: dict, said: str) -> int:
@@ -140,6 +141,8 @@ def _run(args: argparse.Namespace) -> int:
     run_dir, config = _start(args)
     target = args.stage or "paper"
     notebook_of(target)
+    if target in ("evaluation", "paper"):
+        check_participants(config["arms"], config["seeds"])
     refuse_missing_files(config)
     check_writable(run_dir)
     with only_one(run_dir) as lock:
@@ -221,9 +224,8 @@ def _judge(args: argparse.Namespace) -> int:
 def _params(args: argparse.Namespace) -> int:
     for stage in [args.stage] if args.stage else STAGES:
         print(f"{stage} (nbs/{notebook_of(stage).name})")
-        for parameter in read_parameters(notebook_of(stage)).values():
-            if parameter.name not in GRAPH_PARAMETERS:
-                print(f"  {parameter.name}: {parameter.type} = {parameter.default!r}\n      {parameter.help}")
+        for name, entry in user_parameters(stage).items():
+            print(f"  {name}: {entry.type.__name__} = {default_of(entry)!r}\n      {described(entry)}")
     return 0
 
 # %% ../../nbs/run/02_cli.ipynb #c019
@@ -254,7 +256,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def preset(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--preset", required=True, help="a file of configs/, without .yaml")
+        sub.add_argument("--preset", required=True, help="a file of configs/, without .yaml, or the path of your own")
         sub.add_argument("--run", default="", help="name of the run's folder (default: the preset's name)")
         sub.add_argument("--data", default="", help="your posts and replies: .jsonl, .jsonl.gz, .csv or .parquet")
         sub.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE",

@@ -25,6 +25,7 @@ from ..evaluation.scoring import BLOCKING_GUARDS
 from ..policy.replies import clean_text, format_prompt, generate_replies, load_adapted, load_policy, reply_nll
 from ..rewards.heuristic import guard_flags
 from ..stats.crossed import crossed_difference
+from ..text.diversity import SetFunction
 from ..text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
 from ..text.sets import ead
 from ..train.arm_training import train_arm
@@ -33,24 +34,27 @@ from ..train.objective import Objective
 # %% ../../nbs/studies/01_learning_study.ipynb #c004
 @dataclass(frozen=True)
 class Setting:
-    """An objective, where it starts ("base" or "baseline") and options of `train_arm`."""
+    """An objective, where it starts ("base" or "baseline"), parameters of `TrainSettings`, and a D of one's own."""
 
     objective: Objective
     start: str = "base"
     options: Mapping = field(default_factory=dict)
+    set_function: SetFunction | None = None
 
 
 def _no_diversity(texts: Sequence[str]) -> float:
     return 0.5
 
 
+# The same for all: no KL term, one pass a step, no checkpoint on the way.
+_ALIKE = {"kl_weight": 0.0, "gradient_accumulation": 0, "save_steps": 1000, "report_to": "none"}
 _WIDE = {"posts_per_step": 8, "num_generations": 8, "max_steps": 30}  # 64 replies a step, as 4 posts x 16
 _TALL = {"posts_per_step": 4, "num_generations": 16, "max_steps": 30}
 
 SETTINGS = {
     "baseline": Setting(Objective(1, 0, 0), options={"batch_size": 16, "max_steps": 80}),
     "supervised_8": Setting(Objective(1, 0, 0), options={"batch_size": 8, "max_steps": 30}),
-    "constant_d": Setting(Objective(1, 0, 2), options=_WIDE | {"diversity_metric": _no_diversity}),
+    "constant_d": Setting(Objective(1, 0, 2), options=_WIDE, set_function=_no_diversity),
     **{f"polychromic_{name}": Setting(Objective(1, 0, 2), options=_WIDE | {"diversity_metric": name})
        for name in ("self_bleu", "distinct_n", "cosine", "vendi")},
     "baseline_long": Setting(Objective(1, 0, 0), "baseline", {"batch_size": 16, "max_steps": 30}),
@@ -166,10 +170,10 @@ def study_setting(name: str, setting: Setting, seed: int, out: Path, base: Path,
     if not (folder / "adapter").exists():
         train_arm(base, examples if setting.objective.alpha else examples[["tweet"]], folder,
                   objective=setting.objective, reward=reward if setting.objective.beta else None, reward_id=reward_id,
-                  warm_start=start, learning_rate=learning_rates[bool(setting.objective.beta)],
-                  seed=child_seed(seed, "study", name), label=f"{name} seed {seed}", save_steps=1000,
-                  callbacks=[KeepAdapters(folder, marks)],
-                  **dict(setting.options) | options)
+                  warm_start=start, seed=child_seed(seed, "study", name), label=f"{name} seed {seed}",
+                  set_function=setting.set_function, callbacks=[KeepAdapters(folder, marks)],
+                  **_ALIKE | {"learning_rate_supervised": learning_rates[0], "learning_rate_policy": learning_rates[1]}
+                  | dict(setting.options) | options)
     for step in marks:
         for split, (posts, references) in held.items():
             target = folder / f"{split}-{step}.parquet"

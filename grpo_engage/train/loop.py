@@ -27,10 +27,15 @@ from ..base.core import atomic_folder, read_json, say, write_csv, write_json
 from ..base.storage import explained_writing
 
 # %% ../../nbs/train/02_loop.ipynb #c004
-def lora_config(rank: int) -> LoraConfig:
-    """LoRA of `rank` on all linear layers but the head; scale alpha / r = 2; no dropout (so ratios are exactly 1)."""
-    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", bias="none",
-                      task_type="CAUSAL_LM")
+def lora_config(lora_r: int, lora_alpha: int = 0, target_modules: str = "all-linear") -> LoraConfig:
+    """LoRA of rank `lora_r` on `target_modules` ("all-linear": all but the head; or names joined by commas).
+
+    lora_alpha: the scale is lora_alpha / lora_r; 0: a scale of 2. No dropout, so that ratios are exactly 1.
+    """
+    modules = target_modules if target_modules == "all-linear" else [
+        name.strip() for name in target_modules.split(",") if name.strip()]
+    return LoraConfig(r=lora_r, lora_alpha=lora_alpha or 2 * lora_r, lora_dropout=0.0, target_modules=modules,
+                      bias="none", task_type="CAUSAL_LM")
 
 # %% ../../nbs/train/02_loop.ipynb #c051
 class EpochSampler(RepeatSampler):

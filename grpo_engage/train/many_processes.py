@@ -10,6 +10,7 @@ import importlib
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ import pandas as pd
 from ..base.core import read_json, write_json, write_parquet
 from ..base.processes import report_errors, run_processes
 from .objective import Objective
+from .settings import TrainSettings
 
 # %% ../../nbs/train/06_many_processes.ipynb #c005
 def made(function: str, arguments: dict):
@@ -27,23 +29,24 @@ def made(function: str, arguments: dict):
     return made[0] if isinstance(made, tuple) else made
 
 # %% ../../nbs/train/06_many_processes.ipynb #c008
-def train_arm_in_processes(n_processes: int, base: str | Path, examples: pd.DataFrame, folder: Path, *,
+def train_arm_in_processes(base: str | Path, examples: pd.DataFrame, folder: Path, settings: TrainSettings, *,
                            objective: Objective, recipes: Mapping[str, tuple[str, dict]] = MappingProxyType({}),
-                           warm_start: Path | None = None, accelerate_config: str = "", label: str = "training",
-                           **options) -> pd.DataFrame:
-    """`train_arm` in n processes started by `accelerate launch`; the same files, returns the log.
+                           warm_start: Path | None = None, label: str = "training", **options) -> pd.DataFrame:
+    """`train_arm` in settings.processes.n_processes processes, started by `accelerate launch`; the same files and log.
 
     recipes: how each process makes `reward` and `watch` of `train_arm`, as arguments of `made`. options: its others,
     as JSON can hold them.
     Raises: RuntimeError with the error of the process that failed first.
     """
-    place = Path(folder).resolve() / "processes"
+    place, several = Path(folder).resolve() / "processes", settings.processes
+    weights = {name: asdict(objective)[name] for name in ("alpha", "beta", "lam")}
     write_parquet(place / "examples.parquet", examples)
     write_json(place / "request.json", {
-        "base": str(base), "folder": str(Path(folder).resolve()), "recipes": recipes,
-        "objective": {"alpha": objective.alpha, "beta": objective.beta, "lam": objective.lam},
-        "warm_start": str(warm_start) if warm_start else None, "options": options | {"label": label}})
-    run_processes(n_processes, ["-m", "grpo_engage.train.many_processes", str(place)], place, label, accelerate_config)
+        "base": str(base), "folder": str(Path(folder).resolve()), "recipes": recipes, "objective": weights,
+        "settings": settings.flat(), "warm_start": str(warm_start) if warm_start else None,
+        "options": options | {"label": label}})
+    run_processes(several.n_processes, ["-m", "grpo_engage.train.many_processes", str(place)], place, label,
+                  several.accelerate_config)
     shutil.rmtree(place)
     return pd.read_csv(Path(folder) / "train_log.csv", float_precision="round_trip")
 
@@ -54,8 +57,9 @@ def train_as_requested(place: Path) -> None:
 
     request = read_json(place / "request.json")
     train_arm(request["base"], pd.read_parquet(place / "examples.parquet"), Path(request["folder"]),
-              objective=Objective(**request["objective"]), warm_start=request["warm_start"],
-              **{name: made(*recipe) for name, recipe in request["recipes"].items()}, **request["options"])
+              TrainSettings.make(**request["settings"]), objective=Objective(**request["objective"]),
+              warm_start=request["warm_start"], **{name: made(*recipe) for name, recipe in request["recipes"].items()},
+              **request["options"])
 
 # %% ../../nbs/train/06_many_processes.ipynb #c011
 # A notebook's cells run in a module that is called __main__ too, but has no file.

@@ -22,7 +22,7 @@ PHASE_SPLITS = ("same", "disjoint")
 class Weights(Settings):
     """L = alpha * L_supervised + beta * L_grpo - lam * D, and where training starts."""
 
-    warm_start: str = setting("arm", "where training starts; arm: as the arm says, same seed",
+    warm_start: str = setting("arm", "where training starts; arm: as the arm says",
                               choices=("arm", "base", *ARMS))
     phase_split: str = setting("same", "disjoint: arms with and without reward train on different halves",
                                choices=PHASE_SPLITS)
