@@ -25,8 +25,10 @@ from grpo_engage.run.settings import STAGES, notebook_of
 # What a stage "computes" depends on these parameters alone: others change the recipe and not the result.
 STAND_IN = r'''
 import json
+import sys
 from pathlib import Path
 
+sys.modules["rfc3987_syntax"] = None  # jsonschema does without; loading it takes a second of each process
 import papermill
 
 TELLS = {"data": ["n_conversations"], "train": ["max_steps"], "evaluation": ["n_boot"]}
@@ -47,7 +49,8 @@ def execute_notebook(notebook, executed, parameters, **_):
         text = json.dumps({"verdict": {}, "text": "trained", "job": job} | said)
         path.write_text(text if path.suffix != ".csv" else f"arm,metric,value\n,{text.replace(',', ';')},0\n")
     folder = stage_folder(run_dir, *job)
-    (folder / "checkpoints").mkdir(exist_ok=True)
+    for name in ("checkpoints", "figures", "tables"):
+        (folder / name).mkdir(exist_ok=True)
     count = folder / "executed.txt"
     count.write_text(count.read_text() + "x" if count.exists() else "x")
     facts = {name: value for name, value in parameters.items() if name not in ("run_dir", "keep_checkpoints")}
@@ -331,6 +334,21 @@ def test_a_stage_that_was_run_by_hand_is_noticed_and_done_again(place):
     assert place.plan() == {}
 
 
+def test_the_paper_of_a_run_that_changed_names_what_changed(place):
+    shutil.copytree(place.runs / "one", place.runs / "two")
+    path = place.runs / "two" / "policy" / "manifest.json"
+    path.write_text(path.read_text().replace('"made_from"', '"lost"'))
+    words = [sys.executable, "-m", "grpo_engage", "paper", "--run", "two"]
+    done = subprocess.run(words, capture_output=True, text=True, env=place.environment())
+    assert done.returncode == 0, done.stderr
+    assert "policy is not what this run's settings, files and code give now (`run` does it again): it" in done.stdout
+    ran = {name for name, times in place.executed("two").items() if times != place.executed()[name]}
+    assert ran == {"paper"} and "paper/main.pdf is the paper of run 'two'" in done.stdout
+    shutil.rmtree(place.runs / "two" / "evaluation")
+    done = subprocess.run(words, capture_output=True, text=True, env=place.environment())
+    assert done.returncode == 2 and done.stderr.startswith("error: two: the stage evaluation has not ended")
+
+
 def test_a_job_that_failed_or_was_killed_is_done_again(place):
     path = place.runs / "one" / "best_of_n" / "manifest.json"
     for status, why in (("failed", "it failed"), ("running", "it did not end")):
@@ -339,7 +357,7 @@ def test_a_job_that_failed_or_was_killed_is_done_again(place):
 
 
 def test_no_stage_reads_what_no_stage_writes(place):
-    """The manifests of a real run list what its stages opened; `test_run.py` has one."""
+    """That they read no more than this is tested on a real run, in `test_run.py`."""
     from grpo_engage.run.graph import READS, WRITES
 
     written = {f"{stage}/{name.rstrip('?')}" for stage, names in WRITES.items() for name in [*names, "manifest.json"]}

@@ -202,6 +202,7 @@ def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *,
     # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {
         "GRPO_ENGAGE_PARENT": f"{os.uname().nodename}:{os.getpid()}", "GRPO_ENGAGE_PYTHON": sys.executable}
+    environment.pop("SNAKEMAKE_PROFILE", None)  # a user's own, for other work: it could change what is done again
     with open(run_dir / "snakemake.log", "a+", encoding="utf-8") as log:
         start = log.seek(0, os.SEEK_END)
 
