@@ -278,7 +278,8 @@ def test_scores_are_probabilities_against_training_replies_and_keep_the_order(tr
     train = make_pairs()[0]  # their features as in training, where no reply knows itself
     evidence = TextEvidence().fit_transform(train.tweet.tolist(), train.reply.tolist(), child_seed(1, "evidence"))
     features = pair_features(trained.backbone, train.tweet.tolist(), train.reply.tolist(), evidence)
-    train_logits = trained._members(trained._standard(features)).mean(axis=0)
+    standard = np.clip((features - trained.center) / trained.scale, -6, 6)  # as its docstring says
+    train_logits = trained.logits_of(torch.from_numpy(standard))
     exact = expit(logits[:, None] - train_logits[None, :]).mean(axis=1)  # all training replies, not 101 quantiles
     np.testing.assert_allclose(scores, exact, atol=0.01)
 
