@@ -639,7 +639,7 @@ def test_the_encoder_and_the_networks_learn_from_different_posts(monkeypatch):
         seen["networks"] = set(pairs["tweet"].iloc[[*found["better"], *found["worse"]]])
 
     monkeypatch.setattr(TunedMiniLMBackbone, "tune", tune)
-    monkeypatch.setattr(EngagementRewardModel, "_train", train)
+    monkeypatch.setattr(EngagementRewardModel, "train_networks", train)
     EngagementRewardModel("minilm-lora").fit(pairs, labels, seed=0)
     assert seen["encoder"] and seen["networks"] and not seen["encoder"] & seen["networks"]
     assert seen["encoder"] | seen["networks"] <= set(pairs["tweet"])
