@@ -86,7 +86,7 @@ def main() -> None:
             else:  # the same features; only labels and networks are new
                 model.backbone, model.evidence, model.center, model.scale = (first.backbone, first.evidence,
                                                                              first.center, first.scale)
-                model._train(first.training_features, model._pairs(train, own, given.seed), given.seed)
+                model.train_networks(first.training_features, model.pairs_to_learn(train, own, given.seed), given.seed)
         else:
             extra = {"epochs": given.epochs} if way == "minilm-lora" else None
             model = EngagementRewardModel(way, backbone_options=extra, **options).fit(train, own, given.seed)

@@ -278,7 +278,8 @@ def test_scores_are_probabilities_against_training_replies_and_keep_the_order(tr
     train = make_pairs()[0]  # their features as in training, where no reply knows itself
     evidence = TextEvidence().fit_transform(train.tweet.tolist(), train.reply.tolist(), child_seed(1, "evidence"))
     features = pair_features(trained.backbone, train.tweet.tolist(), train.reply.tolist(), evidence)
-    train_logits = trained._members(trained._standard(features)).mean(axis=0)
+    standard = np.clip((features - trained.center) / trained.scale, -6, 6)  # as its docstring says
+    train_logits = trained.logits_of(torch.from_numpy(standard))
     exact = expit(logits[:, None] - train_logits[None, :]).mean(axis=1)  # all training replies, not 101 quantiles
     np.testing.assert_allclose(scores, exact, atol=0.01)
 
@@ -638,7 +639,7 @@ def test_the_encoder_and_the_networks_learn_from_different_posts(monkeypatch):
         seen["networks"] = set(pairs["tweet"].iloc[[*found["better"], *found["worse"]]])
 
     monkeypatch.setattr(TunedMiniLMBackbone, "tune", tune)
-    monkeypatch.setattr(EngagementRewardModel, "_train", train)
+    monkeypatch.setattr(EngagementRewardModel, "train_networks", train)
     EngagementRewardModel("minilm-lora").fit(pairs, labels, seed=0)
     assert seen["encoder"] and seen["networks"] and not seen["encoder"] & seen["networks"]
     assert seen["encoder"] | seen["networks"] <= set(pairs["tweet"])

@@ -10,7 +10,7 @@ import codecs
 import csv
 import gzip
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,7 +53,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, bytes, str | None]]:
     if held:
         yield number, held, complaint if too_long else None
 
-
+# %% ../../nbs/data/04_reading.ipynb #c005-2
 def _open(path: Path) -> BinaryIO:
     """The file's bytes, decompressed when its first bytes say gzip (names lie, magic numbers do not)."""
     with open(path, "rb") as file:
@@ -79,7 +79,7 @@ def _read_json_lines(path: Path, tables: PairTables) -> None:
                 else:
                     tables.add(number, record, line)
 
-# %% ../../nbs/data/04_reading.ipynb #c010
+# %% ../../nbs/data/04_reading.ipynb #c010-1
 def _check_columns(path: Path, found: list[str]) -> None:
     """ValueError when a required column is missing or a known one appears twice."""
     shown = ", ".join(excerpt(name) for name in found[:20]) or "none"
@@ -91,57 +91,60 @@ def _check_columns(path: Path, found: list[str]) -> None:
     if twice:
         raise ValueError(f"{path}: column {', '.join(twice)} appears more than once. Keep one of them.")
 
+# %% ../../nbs/data/04_reading.ipynb #c010-3
+class _TextLines:
+    """A byte stream's lines as text, as `csv.reader` pulls them: `latest` is the last one, `problems` what was wrong
+    with those pulled since it was cleared."""
 
-def _read_csv(path: Path, tables: PairTables) -> None:
-    problems, latest = [], ""  # of the lines that the csv module pulled for the current record
+    def __init__(self, stream: BinaryIO):
+        self._lines, self.latest, self.problems = _lines(stream), "", []
 
-    def text_lines(stream: BinaryIO) -> Iterator[str]:
-        nonlocal latest
-        for number, line, problem in _lines(stream):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if problem:
-                problems.append(problem)
-            latest = line.decode("utf-8", "surrogateescape")  # a bad byte becomes a lone surrogate, found below
-            yield latest + "\n"
+    def __iter__(self) -> "_TextLines":
+        return self
 
-    previous_limit = csv.field_size_limit(MAX_LINE_BYTES)  # a global of the csv module, hence put back
+    def __next__(self) -> str:
+        number, line, problem = next(self._lines)
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if problem:
+            self.problems.append(problem)
+        self.latest = line.decode("utf-8", "surrogateescape")  # a bad byte becomes a lone surrogate, found later
+        return self.latest + "\n"
+
+# %% ../../nbs/data/04_reading.ipynb #c010-5
+def _csv_header(path: Path, reader: Any, lines: _TextLines) -> list[str] | None:
+    """The names in the first line that is not blank; None for an empty file: it has no rows, and that is no error."""
     try:
-        with _open(path) as stream:
-            reader = csv.reader(text_lines(stream), strict=True)
-            try:
-                header = next((cells for cells in reader if cells), None)
-            except csv.Error as error:
-                raise ValueError(f"{path}: the header line is not CSV: {error}. Save the file as plain CSV.") from error
-            if problems:
-                raise ValueError(f"{path}: the header line cannot be read: {problems[0]}. Write the file again.")
-            if header is None:
-                return  # an empty file has no rows, and that is not an error of reading
-            header = [name.strip() for name in header]
-            _check_columns(path, header)
-            _read_csv_records(reader, header, problems, lambda: latest, tables)
-    finally:
-        csv.field_size_limit(previous_limit)
+        header = next((cells for cells in reader if cells), None)
+    except csv.Error as error:
+        raise ValueError(f"{path}: the header line is not CSV: {error}. Save the file as plain CSV.") from error
+    if lines.problems:
+        raise ValueError(f"{path}: the header line cannot be read: {lines.problems[0]}. Write the file again.")
+    return None if header is None else [name.strip() for name in header]
 
+# %% ../../nbs/data/04_reading.ipynb #c010-7
+def _next_record(reader: Any, lines: _TextLines) -> tuple[list[str], str] | None:
+    """The cells of the next record and what is wrong with it ("" for nothing); None at the end of the file."""
+    lines.problems.clear()
+    try:
+        cells, fault = next(reader), ""
+    except StopIteration:
+        return None
+    except csv.Error as error:
+        cells, fault = [lines.latest], f"not valid CSV: {error}"
+    return cells, lines.problems[0] if lines.problems else fault
 
-def _read_csv_records(
-    reader: Any, header: list[str], problems: list[str], latest: Callable[[], str], tables: PairTables
-) -> None:
+# %% ../../nbs/data/04_reading.ipynb #c010-9
+def _read_csv_records(reader: Any, header: list[str], lines: _TextLines, tables: PairTables) -> None:
     number = 0
-    while True:
-        problems.clear()
-        try:
-            cells, error = next(reader), None
-        except StopIteration:
-            return
-        except csv.Error as caught:
-            cells, error = [latest()], f"not valid CSV: {caught}"
-        if not cells and not problems:
+    while record := _next_record(reader, lines):
+        cells, fault = record
+        if not cells and not fault:
             continue  # a blank line
         number += 1
         raw = ",".join(cells)
-        if problems or error:
-            tables.reject(number, f"line {reader.line_num}: {problems[0] if problems else error}", raw)
+        if fault:
+            tables.reject(number, f"line {reader.line_num}: {fault}", raw)
         elif not raw.isascii() and any("\udc80" <= c <= "\udcff" for c in raw):
             tables.reject(number, f"line {reader.line_num}: not valid UTF-8", raw.encode("utf-8", "surrogateescape"))
         elif len(cells) != len(header):
@@ -149,7 +152,21 @@ def _read_csv_records(
         else:
             tables.add(number, dict(zip(header, cells, strict=True)), raw, from_text=True)
 
-# %% ../../nbs/data/04_reading.ipynb #c012
+# %% ../../nbs/data/04_reading.ipynb #c010
+def _read_csv(path: Path, tables: PairTables) -> None:
+    previous_limit = csv.field_size_limit(MAX_LINE_BYTES)  # a global of the csv module, hence put back
+    try:
+        with _open(path) as stream:
+            lines = _TextLines(stream)
+            reader = csv.reader(lines, strict=True)
+            header = _csv_header(path, reader, lines)
+            if header is not None:
+                _check_columns(path, header)
+                _read_csv_records(reader, header, lines, tables)
+    finally:
+        csv.field_size_limit(previous_limit)
+
+# %% ../../nbs/data/04_reading.ipynb #c012-1
 def _column_is_usable(field: str, kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
@@ -161,7 +178,19 @@ def _column_is_usable(field: str, kind: pa.DataType) -> bool:
         return text or pa.types.is_struct(kind)
     return text or (field.endswith("_id") and pa.types.is_integer(kind))
 
+# %% ../../nbs/data/04_reading.ipynb #c012-3
+def _read_schema(path: Path, schema: pa.Schema) -> list[str]:
+    """The names of the known columns; ValueError for one that is missing or holds something else."""
+    _check_columns(path, schema.names)
+    names = [field for field in (*REQUIRED_FIELDS, *OPTIONAL_FIELDS) if field in schema.names]
+    for field in names:
+        if not _column_is_usable(field, schema.field(field).type):
+            wanted = "numbers" if field in NUMBER_FIELDS else "an object or JSON text" if field == "meta" else "strings"
+            raise ValueError(f"{path}: column {field} has type {schema.field(field).type}; it must hold {wanted}. "
+                             "Convert the column and write the file again.")  # fmt: skip
+    return names
 
+# %% ../../nbs/data/04_reading.ipynb #c012-5
 def _cell(value: Any) -> Any:
     """A parquet value as Python; what cannot be converted stays an exception, which no field accepts as its type."""
     try:
@@ -171,19 +200,20 @@ def _cell(value: Any) -> Any:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
+def _as_cells(column: pa.Array) -> list[Any]:
+    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    return [_cell(value) for value in column]
+
+# %% ../../nbs/data/04_reading.ipynb #c012
 def _read_parquet(path: Path, tables: PairTables) -> None:
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({error}). Write it again, or use .jsonl.") from error
-    _check_columns(path, schema.names)
-    names = [field for field in (*REQUIRED_FIELDS, *OPTIONAL_FIELDS) if field in schema.names]
-    for field in names:
-        if not _column_is_usable(field, schema.field(field).type):
-            wanted = "numbers" if field in NUMBER_FIELDS else "an object or JSON text" if field == "meta" else "strings"
-            raise ValueError(f"{path}: column {field} has type {schema.field(field).type}; it must hold {wanted}. "
-                             "Convert the column and write the file again.")  # fmt: skip
+    names = _read_schema(path, schema)
     number = 0
     try:
         for batch in file.iter_batches(batch_size=8192, columns=names):
@@ -194,13 +224,6 @@ def _read_parquet(path: Path, tables: PairTables) -> None:
                 tables.add(number, record, " | ".join(str(record[field]) for field in TEXT_FIELDS))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: damaged after row {number} ({error}). Write the file again.") from error
-
-
-def _as_cells(column: pa.Array) -> list[Any]:
-    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        column = column.cast(pa.large_binary())
-    return [_cell(value) for value in column]
 
 # %% ../../nbs/data/04_reading.ipynb #c014
 _READERS = {".jsonl": _read_json_lines, ".csv": _read_csv, ".parquet": _read_parquet}

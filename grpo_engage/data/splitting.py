@@ -43,7 +43,7 @@ def conversation_groups(pairs: pd.DataFrame) -> pd.Series:
     names = pd.Series(np.asarray(ids)).groupby(component).transform("min")
     return pairs.conversation_id.map(dict(zip(ids, names, strict=True))).rename("group")
 
-# %% ../../nbs/data/05_splitting.ipynb #c010
+# %% ../../nbs/data/05_splitting.ipynb #c010-1
 DEFAULT_FRACTIONS = dict(zip(SPLITS, (0.40, 0.20, 0.15, 0.10, 0.15), strict=True))
 
 
@@ -62,7 +62,7 @@ def check_fractions(fractions: Mapping[str, float] | Sequence[float] | None) -> 
         raise ValueError(f"fractions must be above 0 and sum to 1, not {shares} (sum {sum(shares.values()):.4g})")
     return shares
 
-
+# %% ../../nbs/data/05_splitting.ipynb #c010-3
 def _deal(n: int, shares: dict[str, float]) -> list[str]:
     """`n` split names, in which every stretch has about the right shares; at least one of each."""
     ideal = {split: n * share for split, share in shares.items()}
@@ -79,7 +79,24 @@ def _deal(n: int, shares: dict[str, float]) -> list[str]:
         dealt[names[-1]] += 1
     return names
 
+# %% ../../nbs/data/05_splitting.ipynb #c010-5
+def _ordered_groups(rows: pd.DataFrame, seed: int) -> pd.Series:
+    """The groups of `rows` (columns group, conversation_id, reply_likes) in the order in which they are dealt.
 
+    First by whether a conversation has two replies, then by stratum of mean likes, then as the seed and the name say.
+    """
+    sizes = rows.groupby("conversation_id")["conversation_id"].transform("size")
+    # Sums of whole numbers are exact in floating point, so the strata do not depend on the order of the rows either.
+    likes = rows.groupby("group").reply_likes
+    groups = pd.DataFrame({"likes": likes.sum(), "known": likes.count(), "size": sizes.groupby(rows["group"]).max()})
+    mean_likes = (groups.likes / groups.known.where(groups.known > 0)).rank(method="min", pct=True)
+    n_strata = min(10, max(1, len(groups) // 20))
+    groups["stratum"] = np.ceil(mean_likes * n_strata).fillna(0)  # 0: likes unknown
+    groups["place"] = [child_seed(seed, "split", name) for name in groups.index]
+    groups["comparable"] = groups["size"] >= 2
+    return groups.reset_index().sort_values(["comparable", "stratum", "place", "group"]).group
+
+# %% ../../nbs/data/05_splitting.ipynb #c010
 def split_conversations(
     pairs: pd.DataFrame, fractions: Mapping[str, float] | Sequence[float] | None = None, seed: int = 0
 ) -> pd.DataFrame:
@@ -91,37 +108,13 @@ def split_conversations(
     """
     shares = check_fractions(fractions)
     rows = pairs.assign(group=conversation_groups(pairs))
-    rows["size"] = rows.groupby("conversation_id")["conversation_id"].transform("size")
-    # Sums of whole numbers are exact in floating point, so the strata do not depend on the order of the rows either.
-    likes = rows.groupby("group").reply_likes
-    groups = pd.DataFrame({"likes": likes.sum(), "known": likes.count(), "size": rows.groupby("group")["size"].max()})
-    if len(groups) < len(SPLITS):
-        raise ValueError(f"{len(groups)} conversations cannot fill the five splits; at least {len(SPLITS)} are needed")
-    mean_likes = (groups.likes / groups.known.where(groups.known > 0)).rank(method="min", pct=True)
-    n_strata = min(10, max(1, len(groups) // 20))
-    groups["stratum"] = np.ceil(mean_likes * n_strata).fillna(0)  # 0: likes unknown
-    groups["place"] = [child_seed(seed, "split", name) for name in groups.index]
-    groups["comparable"] = groups["size"] >= 2
-    ordered = groups.reset_index().sort_values(["comparable", "stratum", "place", "group"]).group
-    split_of = dict(zip(ordered, _deal(len(groups), shares), strict=True))
+    ordered = _ordered_groups(rows, seed)
+    if len(ordered) < len(SPLITS):
+        raise ValueError(f"{len(ordered)} conversations cannot fill the five splits; at least {len(SPLITS)} are needed")
+    split_of = dict(zip(ordered, _deal(len(ordered), shares), strict=True))
     return pairs.assign(split=rows.group.map(split_of).astype("str"))
 
-# %% ../../nbs/data/05_splitting.ipynb #c015
-def near_copies(pairs: pd.DataFrame, threshold: float = 0.8, min_words: int = 5) -> pd.DataFrame:
-    """Near-copies of a post (cosine in [`threshold`, 1]) or a reply (equal after normalise_text) in different splits.
-
-    `pairs` needs `split`. Columns: kind (post, reply), similarity, and for both sides split, conversation, row; a text
-    that occurs often is listed once per pair of splits. Time grows with the square of the posts (5,000: seconds).
-    """
-    keep = ["split", "conversation_id", "row"]
-    copies = [_near_copied_posts(pairs, threshold, keep), _copied_replies(pairs, min_words, keep)]
-    columns = ["kind", "similarity", *[f"{name}_{side}" for side in "ab" for name in keep]]
-    filled = [part.reindex(columns=columns) for part in copies if len(part)]
-    found = pd.concat(filled or [pd.DataFrame(columns=columns)])
-    return found.sort_values(["kind", "similarity", "row_a", "row_b"], ascending=[False, False, True, True],
-                             ignore_index=True)  # fmt: skip
-
-
+# %% ../../nbs/data/05_splitting.ipynb #c015-1
 def _near_copied_posts(pairs: pd.DataFrame, threshold: float, keep: list[str]) -> pd.DataFrame:
     posts = pairs.sort_values("row").assign(text=lambda p: p.tweet.map(normalise_text))
     posts = posts.drop_duplicates(["text", "split"], ignore_index=True)
@@ -139,9 +132,24 @@ def _near_copied_posts(pairs: pd.DataFrame, threshold: float, keep: list[str]) -
     found["similarity"] = found.similarity.astype(float).clip(upper=1.0).round(4)
     return found[found.split_a != found.split_b].assign(kind="tweet")
 
-
+# %% ../../nbs/data/05_splitting.ipynb #c015-3
 def _copied_replies(pairs: pd.DataFrame, min_words: int, keep: list[str]) -> pd.DataFrame:
     replies = pairs.sort_values("row").assign(text=lambda p: p.reply.map(normalise_text))
     replies = replies[replies.text.str.count(r"\w+") >= min_words].drop_duplicates(["text", "split"])
     both = replies[["text", *keep]].merge(replies[["text", *keep]], on="text", suffixes=("_a", "_b"))
     return both[both.row_a < both.row_b].assign(kind="reply", similarity=1.0)
+
+# %% ../../nbs/data/05_splitting.ipynb #c015
+def near_copies(pairs: pd.DataFrame, threshold: float = 0.8, min_words: int = 5) -> pd.DataFrame:
+    """Near-copies of a post (cosine in [`threshold`, 1]) or a reply (equal after normalise_text) in different splits.
+
+    `pairs` needs `split`. Columns: kind (post, reply), similarity, and for both sides split, conversation, row; a text
+    that occurs often is listed once per pair of splits. Time grows with the square of the posts (5,000: seconds).
+    """
+    keep = ["split", "conversation_id", "row"]
+    copies = [_near_copied_posts(pairs, threshold, keep), _copied_replies(pairs, min_words, keep)]
+    columns = ["kind", "similarity", *[f"{name}_{side}" for side in "ab" for name in keep]]
+    filled = [part.reindex(columns=columns) for part in copies if len(part)]
+    found = pd.concat(filled or [pd.DataFrame(columns=columns)])
+    return found.sort_values(["kind", "similarity", "row_a", "row_b"], ascending=[False, False, True, True],
+                             ignore_index=True)  # fmt: skip

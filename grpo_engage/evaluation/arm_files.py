@@ -18,11 +18,7 @@ import pyarrow.parquet as pq
 
 from ..policy.replies import clean_text
 
-# %% ../../nbs/evaluation/01_arm_files.ipynb #c005
-MAX_CHARACTERS = 20_000  # of one reply
-_POST_COLUMNS = ("post", "conversation_id")
-
-
+# %% ../../nbs/evaluation/01_arm_files.ipynb #c005-1
 def _decoded(path: Path) -> Iterator[tuple[int, str]]:
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, start=1):
@@ -32,7 +28,7 @@ def _decoded(path: Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"{path}, line {number}: not UTF-8 (byte 0x{line[error.start]:02x}); save the file as "
                                  "UTF-8") from error
 
-
+# %% ../../nbs/evaluation/01_arm_files.ipynb #c005-3
 def _json_records(path: Path) -> Iterator[tuple[int, dict]]:
     for number, line in _decoded(path):
         if line.strip():
@@ -44,7 +40,7 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict]]:
                 raise ValueError(f"{path}, line {number}: a {type(record).__name__}; write one JSON object a line")
             yield number, record
 
-
+# %% ../../nbs/evaluation/01_arm_files.ipynb #c005-5
 def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
     reader = csv.DictReader((line for _, line in _decoded(path)), strict=True)
     last = 0
@@ -57,6 +53,9 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict]]:
             yield last, record
     except csv.Error as error:
         raise ValueError(f"{path}, line {last + 1}: not valid CSV ({error})") from error
+
+# %% ../../nbs/evaluation/01_arm_files.ipynb #c005-7
+_POST_COLUMNS = ("post", "conversation_id")
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
@@ -71,7 +70,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, dict]]:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
 
-
+# %% ../../nbs/evaluation/01_arm_files.ipynb #c005-9
 _READERS = {".csv": _csv_records, ".jsonl": _json_records, ".parquet": _parquet_records}
 
 
@@ -86,7 +85,26 @@ def arm_file_name(path: Path, taken: Collection[str]) -> str:
                          f"{'taken' if name in taken else 'no plain word of at most 40 letters'}; rename the file")
     return name
 
+# %% ../../nbs/evaluation/01_arm_files.ipynb #c005-12
+MAX_CHARACTERS = 20_000  # of one reply
 
+
+def _checked_record(path: Path, line: int, record: dict, known_posts: Collection[str]) -> tuple[str, str]:
+    """The post's id and the text, as it is, of one record. ValueError that names file, line and fault."""
+    column = next((name for name in _POST_COLUMNS if name in record), None)
+    if column is None or "text" not in record:
+        raise ValueError(f"{path}, line {line}: needs columns post (or conversation_id) and text, has "
+                         f"{', '.join(map(str, record))[:200]}")
+    post, text = record[column], record["text"]
+    if not isinstance(text, str) or len(text) > MAX_CHARACTERS:
+        raise ValueError(f"{path}, line {line}: text must be a string of at most {MAX_CHARACTERS:,} characters, is "
+                         f"{f'{len(text):,} long' if isinstance(text, str) else f'of type {type(text).__name__}'}")
+    if isinstance(post, bool) or not isinstance(post, (str, int)) or str(post) not in known_posts:
+        raise ValueError(f"{path}, line {line}: {column} {str(post)[:80]!r} is not a test post of this run "
+                         "(column conversation_id of data/pairs.parquet, split test)")
+    return str(post), text
+
+# %% ../../nbs/evaluation/01_arm_files.ipynb #c005
 def read_arm_file(path: Path, known_posts: Collection[str]) -> pd.DataFrame:
     """Columns post, text (cleaned), line of a .csv, .jsonl or .parquet file with columns post or conversation_id, text.
 
@@ -96,18 +114,8 @@ def read_arm_file(path: Path, known_posts: Collection[str]) -> pd.DataFrame:
     path = Path(path)
     rows = []
     for line, record in _READERS[path.suffix](path):
-        column = next((name for name in _POST_COLUMNS if name in record), None)
-        if column is None or "text" not in record:
-            raise ValueError(f"{path}, line {line}: needs columns post (or conversation_id) and text, has "
-                             f"{', '.join(map(str, record))[:200]}")
-        post, text = record[column], record["text"]
-        if not isinstance(text, str) or len(text) > MAX_CHARACTERS:
-            raise ValueError(f"{path}, line {line}: text must be a string of at most {MAX_CHARACTERS:,} characters, is "
-                             f"{f'{len(text):,} long' if isinstance(text, str) else f'of type {type(text).__name__}'}")
-        if isinstance(post, bool) or not isinstance(post, (str, int)) or str(post) not in known_posts:
-            raise ValueError(f"{path}, line {line}: {column} {str(post)[:80]!r} is not a test post of this run "
-                             "(column conversation_id of data/pairs.parquet, split test)")
-        rows.append((str(post), clean_text(text), line))
+        post, text = _checked_record(path, line, record, known_posts)
+        rows.append((post, clean_text(text), line))
     if not rows:
         raise ValueError(f"{path}: holds no reply")
     return pd.DataFrame(rows, columns=["post", "text", "line"])

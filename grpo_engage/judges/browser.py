@@ -52,16 +52,7 @@ def filter_replies(replies: pd.DataFrame, *, arm: str = "", post: str = "", scor
         keep &= table["disagreement"] >= disagreement
     return table[keep].sort_values("disagreement", ascending=False, kind="stable", ignore_index=True)
 
-# %% ../../nbs/judges/05_browser.ipynb #c013
-_HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Replies</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<style>body{font-family:sans-serif;max-width:70em;margin:1em auto}table{border-collapse:collapse;width:100%}
-td,th{border:1px solid #bbb;padding:.3em;text-align:left;vertical-align:top}td.text{width:60%}
-td.text div,summary div{max-height:12em;overflow:auto}</style></head><body>
-"""
-
-
+# %% ../../nbs/judges/05_browser.ipynb #c013-1
 def replies_html(table: pd.DataFrame) -> str:
     """`table` (from `filter_replies`) as HTML tables, one for each post, in the order in which posts appear."""
     parts = []
@@ -76,6 +67,15 @@ def replies_html(table: pd.DataFrame) -> str:
         parts.append("</table></details>")
     return "\n".join(parts)
 
+# %% ../../nbs/judges/05_browser.ipynb #c013
+_HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Replies</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<style>body{font-family:sans-serif;max-width:70em;margin:1em auto}table{border-collapse:collapse;width:100%}
+td,th{border:1px solid #bbb;padding:.3em;text-align:left;vertical-align:top}td.text{width:60%}
+td.text div,summary div{max-height:12em;overflow:auto}</style></head><body>
+"""
+
 
 def write_browser_html(path: Path, table: pd.DataFrame, most: int = 500) -> Path:
     """Write the first `most` rows of `table` as a page of its own; says on the page how many were left out."""
@@ -85,7 +85,22 @@ def write_browser_html(path: Path, table: pd.DataFrame, most: int = 500) -> Path
     path.write_text(_HEAD + note + replies_html(table.head(most)) + "\n</body></html>\n", encoding="utf-8")
     return path
 
-# %% ../../nbs/judges/05_browser.ipynb #c017
+# %% ../../nbs/judges/05_browser.ipynb #c017-1
+_PAIR = ("arm", "versus", "seed", "versus_seed", "post", "sample")  # what names a pair, in votes.csv too
+
+
+def _arm_is_left(pair: dict, seed: int) -> bool:
+    """Whether the arm's reply, not its rival's, stands left: drawn from the seed and the pair."""
+    return child_seed(seed, "side", *[pair[key] for key in _PAIR]) % 2 == 0
+
+# %% ../../nbs/judges/05_browser.ipynb #c017-3
+def _not_yet_voted(pairs: pd.DataFrame, votes: pd.DataFrame, voter: str) -> list[dict]:
+    """The rows of `pairs` that `voter` has not voted on; a name like a formula is kept in the file behind a quote."""
+    own = votes[votes["voter"].isin([voter, "'" + voter])]
+    done = set(own[list(_PAIR)].itertuples(index=False, name=None))
+    return [row for row in pairs.to_dict("records") if tuple(str(row[key]) for key in _PAIR) not in done]
+
+# %% ../../nbs/judges/05_browser.ipynb #c017-5
 class VotingBooth:
     """Pairs to vote on, one after another; votes go to `path` (see `votes.append_vote`).
 
@@ -97,25 +112,17 @@ class VotingBooth:
         if not voter.strip():
             raise ValueError("VotingBooth: give the voter's name; it keeps the votes of different people apart")
         self._path, self._voter, self._seed = Path(path), " ".join(voter.split()), seed
-        keys = ["arm", "versus", "seed", "versus_seed", "post", "sample"]
-        votes = read_votes(self._path)
-        done = set(votes[votes["voter"].isin([self._voter, "'" + self._voter])][keys].itertuples(
-            index=False, name=None))
-        self._left = [row for row in pairs.to_dict("records") if tuple(str(row[key]) for key in keys) not in done]
+        self._left = _not_yet_voted(pairs, read_votes(self._path), self._voter)
 
     def __len__(self) -> int:
         return len(self._left)
-
-    def _arm_is_left(self, pair: dict) -> bool:
-        name = [pair[key] for key in ("arm", "versus", "seed", "versus_seed", "post", "sample")]
-        return child_seed(self._seed, "side", *name) % 2 == 0
 
     def current(self) -> tuple[str, str, str] | None:
         """The post, the left and the right reply, with nothing that tells the arms; None when all is done."""
         if not self._left:
             return None
         pair = self._left[0]
-        texts = (pair["reply"], pair["other"]) if self._arm_is_left(pair) else (pair["other"], pair["reply"])
+        texts = (pair["reply"], pair["other"]) if _arm_is_left(pair, self._seed) else (pair["other"], pair["reply"])
         return (pair["tweet"], *texts)
 
     def vote(self, choice: str) -> None:
@@ -123,13 +130,12 @@ class VotingBooth:
         if not self._left:
             raise ValueError("VotingBooth: all pairs are voted on")
         pair = self._left[0]
-        keys = ("arm", "versus", "seed", "versus_seed", "post", "sample")
-        append_vote(self._path, {key: pair[key] for key in keys} | {
+        append_vote(self._path, {key: pair[key] for key in _PAIR} | {
             "voter": self._voter, "vote": choice,
-            "shown_left": pair["arm"] if self._arm_is_left(pair) else pair["versus"]})
+            "shown_left": pair["arm"] if _arm_is_left(pair, self._seed) else pair["versus"]})
         self._left.pop(0)  # after it is saved
 
-
+# %% ../../nbs/judges/05_browser.ipynb #c017
 def vote_widget(booth: VotingBooth):
     """The booth as an ipywidgets box: the post, two replies, three buttons."""
     import ipywidgets  # here: headless runs need no widgets
@@ -177,7 +183,7 @@ def browser_widget(replies: pd.DataFrame, most: int = 50):
     refresh()
     return ipywidgets.VBox([*controls.values(), view])
 
-
+# %% ../../nbs/judges/05_browser.ipynb #c020-1
 def open_run(run_dir: Path, voter: str, arms: Sequence[str] = (), limit: int = 20, seed: int = 0):
     """The browser and the voting booth of a finished run, as one box; votes go to evaluation/votes.csv.
 

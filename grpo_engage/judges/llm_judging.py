@@ -31,6 +31,19 @@ from grpo_engage.judges.llm_judge import (
 )
 from ..stats.agreement import share_over_posts
 
+# %% ../../nbs/judges/03_llm_judging.ipynb #c004-1
+def _pairs_of_arm(own: pd.DataFrame, rival: pd.DataFrame, limit: int, random: np.random.Generator) -> pd.DataFrame:
+    """At most `limit` rows of `own` (the replies of one arm), each beside one of `rival` (columns named …_other)."""
+    matched = own["seed"].isin(rival["seed"]).all()
+    chosen = rival if matched else rival[rival["seed"] == rival["seed"].min()]
+    size = chosen.groupby(["post", "seed"])["sample"].transform("size")
+    chosen = chosen.assign(versus_sample=chosen["sample"], sample=(chosen["sample"] - 1) % size)
+    keys = ["post", "sample", "seed"] if matched else ["post", "sample"]
+    pairs = own.assign(own_seed=own["seed"]).merge(chosen.assign(versus_seed=chosen["seed"]), on=keys,
+                                                   suffixes=("", "_other"))
+    pairs = pairs.iloc[random.permutation(len(pairs))].assign(turn=lambda table: table.groupby("post").cumcount())
+    return pairs.sort_values("turn", kind="stable").head(limit)
+
 # %% ../../nbs/judges/03_llm_judging.ipynb #c004
 def draw_pairs(replies: pd.DataFrame, versus: str, limit: int, seed: int = 0) -> pd.DataFrame:
     """At most `limit` pairs of each arm with arm `versus`.
@@ -46,16 +59,7 @@ def draw_pairs(replies: pd.DataFrame, versus: str, limit: int, seed: int = 0) ->
     rival = replies[replies["arm"] == versus]
     drawn = []
     for arm, own in replies[replies["arm"] != versus].groupby("arm", sort=True):
-        matched = own["seed"].isin(rival["seed"]).all()
-        chosen = rival if matched else rival[rival["seed"] == rival["seed"].min()]
-        size = chosen.groupby(["post", "seed"])["sample"].transform("size")
-        chosen = chosen.assign(versus_sample=chosen["sample"], sample=(chosen["sample"] - 1) % size)
-        keys = ["post", "sample", "seed"] if matched else ["post", "sample"]
-        pairs = own.assign(own_seed=own["seed"]).merge(chosen.assign(versus_seed=chosen["seed"]), on=keys,
-                                                       suffixes=("", "_other"))
-        order = np.random.default_rng(child_seed(seed, "pairs", arm)).permutation(len(pairs))
-        pairs = pairs.iloc[order].assign(turn=lambda table: table.groupby("post").cumcount())
-        pairs = pairs.sort_values("turn", kind="stable").head(limit)
+        pairs = _pairs_of_arm(own, rival, limit, np.random.default_rng(child_seed(seed, "pairs", arm)))
         drawn.append(pd.DataFrame({
             "arm": arm, "versus": versus, "seed": pairs["own_seed"], "versus_seed": pairs["versus_seed"],
             "post": pairs["post"], "sample": pairs["sample"], "versus_sample": pairs["versus_sample"],
@@ -92,7 +96,7 @@ def read_replies(run_dir: Path, split: str = "test") -> pd.DataFrame:
     return made.merge(known, on=keys, how="left", validate="one_to_one")[
         ["arm", "seed", "post", "sample", "text", "tweet", "judge", "reward"]]
 
-# %% ../../nbs/judges/03_llm_judging.ipynb #c010
+# %% ../../nbs/judges/03_llm_judging.ipynb #c010-1
 def summarise(judged: pd.DataFrame, rated: pd.DataFrame) -> pd.DataFrame:
     """summary.csv: arm, measure, value, ci_low, ci_high, n (posts), missing and flagged (rows); repeat 0 alone.
 
@@ -107,6 +111,47 @@ def summarise(judged: pd.DataFrame, rated: pd.DataFrame) -> pd.DataFrame:
             found = found if measure == "win_share" else [1 + 9 * value for value in found]
             rows.append([arm, measure, *found, n, int(values.isna().sum()), int(group["flagged"].sum())])
     return pd.DataFrame(rows, columns=["arm", "measure", "value", "ci_low", "ci_high", "n", "missing", "flagged"])
+
+# %% ../../nbs/judges/03_llm_judging.ipynb #c010-3
+def _shown_replies(pairs: pd.DataFrame, replies: pd.DataFrame) -> pd.DataFrame:
+    """Each reply on either side of `pairs`, once: arm, seed, post, sample, tweet, reply, judge (the score)."""
+    other = pairs.drop(columns=["arm", "seed", "sample", "reply"]).rename(
+        columns={"versus": "arm", "versus_seed": "seed", "versus_sample": "sample", "other": "reply"})
+    keys = ["arm", "seed", "post", "sample"]
+    return pd.concat([pairs, other])[[*keys, "tweet", "reply"]].drop_duplicates(keys).merge(
+        replies[[*keys, "judge"]], on=keys, how="left", validate="one_to_one")
+
+# %% ../../nbs/judges/03_llm_judging.ipynb #c010-5
+def _questions(pairs: pd.DataFrame, shown: pd.DataFrame, tried: pd.DataFrame, repeats: int) -> list[tuple]:
+    """(messages, repeat) of all that will be asked: pairs in both orders, single replies, and injections.
+
+    Which reply of a tried pair will have lost is not known yet: the longer of the two stands in for it.
+    """
+    asked = [(question, repeat) for repeat in range(repeats) for row in pairs.itertuples()
+             for question in (pair_messages(row.tweet, row.reply, row.other),
+                              pair_messages(row.tweet, row.other, row.reply))]
+    asked += [(absolute_messages(row.tweet, row.reply), repeat) for repeat in range(repeats) for row in
+              shown.itertuples()]
+    asked += [(pair_messages(row.tweet, f"{text} {max(row.reply, row.other, key=len)}{' ' * place}", row.other), 0)
+              for row in tried.itertuples() for text in (CONTROL, *INJECTIONS) for place in (0, 1)]
+    return asked
+
+# %% ../../nbs/judges/03_llm_judging.ipynb #c010-7
+def _say_estimate(endpoint: Endpoint, expected: dict, max_cost: float) -> None:
+    """Say what `expected` (from `LlmJudge.estimate`) comes to, and whether the cap may stop the judge."""
+    say(f"{endpoint.model} at {endpoint.url}: {expected['calls']} calls, about ${expected['likely_usd']:.4f}, at most "
+        f"${expected['most_usd']:.4f} without retries; spent before ${expected['spent_usd']:.4f}, cap "
+        f"{f'${max_cost:.4f}' if math.isfinite(max_cost) else 'none (this machine)'}")
+    if expected["spent_usd"] + expected["most_usd"] > max_cost:
+        say("the cap may stop the judge before the end; what it has no answer to is NaN in the tables")
+
+# %% ../../nbs/judges/03_llm_judging.ipynb #c010
+def _judged_tables(judge: LlmJudge, pairs: pd.DataFrame, shown: pd.DataFrame, tried: pd.DataFrame, repeats: int,
+                   seed: int) -> dict[str, pd.DataFrame]:
+    """Ask the judge all of it: tables pairwise, absolute, agreement, flips and summary."""
+    judged, rated = judge_pairs(judge, pairs, repeats), judge_replies(judge, shown, repeats)
+    return {"pairwise": judged, "absolute": rated, "agreement": agreement_table(judged, rated, seed),
+            "flips": flip_rates(judge, tried, judged["verdict"].head(len(tried))), "summary": summarise(judged, rated)}
 
 
 def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", limit: int = 20, repeats: int = 2,
@@ -125,44 +170,24 @@ def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", li
     run_dir = Path(run_dir)
     replies = read_replies(run_dir)
     pairs = draw_pairs(replies, versus, limit, seed)
-    other = pairs.drop(columns=["arm", "seed", "sample", "reply"]).rename(
-        columns={"versus": "arm", "versus_seed": "seed", "versus_sample": "sample", "other": "reply"})
-    keys = ["arm", "seed", "post", "sample"]
-    shown = pd.concat([pairs, other])[[*keys, "tweet", "reply"]].drop_duplicates(keys).merge(
-        replies[[*keys, "judge"]], on=keys, how="left", validate="one_to_one")
+    shown, tried = _shown_replies(pairs, replies), pairs.head(injected)
     root = run_dir / "evaluation" / "llm_judge"
     folder = root / re.sub(r"[^A-Za-z0-9._-]+", "-", endpoint.model).strip(".-")
     ledger = Ledger(root / "answers.sqlite")
     judge = LlmJudge(endpoint, ledger, max_cost=max_cost, client=client, sleep=sleep)
-    asked = [(question, repeat) for repeat in range(repeats) for row in pairs.itertuples()
-             for question in (pair_messages(row.tweet, row.reply, row.other),
-                              pair_messages(row.tweet, row.other, row.reply))]
-    asked += [(absolute_messages(row.tweet, row.reply), repeat) for repeat in range(repeats) for row in
-              shown.itertuples()]
-    tried = pairs.head(injected)
-    # Which reply lost is not known yet: the longer of the two stands in for it.
-    asked += [(pair_messages(row.tweet, f"{text} {max(row.reply, row.other, key=len)}{' ' * place}", row.other), 0)
-              for row in tried.itertuples() for text in (CONTROL, *INJECTIONS) for place in (0, 1)]
-    expected = judge.estimate(asked)
-    say(f"{endpoint.model} at {endpoint.url}: {expected['calls']} calls, about ${expected['likely_usd']:.4f}, at most "
-        f"${expected['most_usd']:.4f} without retries; spent before ${expected['spent_usd']:.4f}, cap "
-        f"{f'${max_cost:.4f}' if math.isfinite(max_cost) else 'none (this machine)'}")
-    if expected["spent_usd"] + expected["most_usd"] > max_cost:
-        say("the cap may stop the judge before the end; what it has no answer to is NaN in the tables")
+    expected = judge.estimate(_questions(pairs, shown, tried, repeats))
+    _say_estimate(endpoint, expected, max_cost)
     parameters = asdict(endpoint) | {"versus": versus, "limit": limit, "repeats": repeats, "injected": injected,
                                      "max_cost": max_cost, "seed": seed}
     inputs = [run_dir / "evaluation" / "generations.parquet", run_dir / "data" / "pairs.parquet"]
     with stage_manifest(folder, "llm_judge", parameters, inputs) as manifest:
-        judged, rated = judge_pairs(judge, pairs, repeats), judge_replies(judge, shown, repeats)
-        tables = {"pairwise": judged, "absolute": rated, "agreement": agreement_table(judged, rated, seed),
-                  "flips": flip_rates(judge, tried, judged["verdict"].head(len(tried))),
-                  "summary": summarise(judged, rated)}
+        tables = _judged_tables(judge, pairs, shown, tried, repeats, seed)
         for name in ("pairwise", "absolute"):
             write_parquet(folder / f"{name}.parquet", tables[name])
         for name in ("agreement", "flips", "summary"):
             write_csv(folder / f"{name}.csv", tables[name])
         manifest["estimate"], manifest["spent_usd"] = expected, ledger.spent
-        missing = pd.concat([judged["reason"], rated["reason"]])
+        missing = pd.concat([tables["pairwise"]["reason"], tables["absolute"]["reason"]])
         manifest["missing"] = missing[missing != ""].value_counts().to_dict()
     ledger.close()
     answered, spent = int((missing == "").sum()), manifest["spent_usd"]

@@ -6,7 +6,8 @@
 __all__ = ['TunedMiniLMBackbone']
 
 # %% ../../nbs/rewards/05_encoder_tuning.ipynb #c002
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,66 @@ from transformers import AutoModel, AutoTokenizer
 from ..base.core import child_seed, device_and_dtype, progress
 from .pairwise import bradley_terry_loss
 from ..text.embedding import EMBEDDING_SIZE, MiniLMBackbone, as_texts, minilm_folder
+
+# %% ../../nbs/rewards/05_encoder_tuning.ipynb #c005-1
+def _with_adapter(rank: int, layers: int, seed: int) -> nn.Module:
+    """MiniLM with an untrained adapter on its last `layers` layers; what is drawn of it comes from `seed` alone."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.1, layers_pattern="layer",
+                        target_modules=["query", "key", "value", "dense"],
+                        layers_to_transform=list(range(6 - layers, 6)))
+    with torch.random.fork_rng(devices=[]):  # peft draws the adapter from the global generator
+        torch.manual_seed(seed)
+        return get_peft_model(AutoModel.from_pretrained(str(minilm_folder()), dtype=torch.float32), config)
+
+# %% ../../nbs/rewards/05_encoder_tuning.ipynb #c005-4
+def _unit_means(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Unit vectors (n, size): means over those tokens of `hidden` (n, tokens, size) whose `mask` (n, tokens) is 1."""
+    mask = mask[..., None]
+    return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+# %% ../../nbs/rewards/05_encoder_tuning.ipynb #c005-7
+def _thinned(rows: pd.DataFrame, max_replies: int, random: np.random.Generator) -> pd.DataFrame:
+    """The pairs among at most `max_replies` of a post's replies: a viral post must not fill a step."""
+    members = np.union1d(rows["better"], rows["worse"])
+    if len(members) <= max_replies:
+        return rows
+    kept = random.choice(members, max_replies, replace=False)
+    inside = rows["better"].isin(kept) & rows["worse"].isin(kept)
+    # where all sixteen happen to be tied with one another, the post is taken whole
+    return rows[inside] if inside.any() else rows
+
+# %% ../../nbs/rewards/05_encoder_tuning.ipynb #c005-10
+def _batches(groups: Sequence[pd.DataFrame], epochs: int, posts_per_step: int, max_replies: int,
+             random: np.random.Generator) -> Iterator[pd.DataFrame]:
+    """The pairs of each step: those of `posts_per_step` of the `groups` (the pairs of one post each)."""
+    for _ in range(epochs):
+        order = random.permutation(len(groups))
+        for start in range(0, len(order), posts_per_step):
+            yield pd.concat([_thinned(groups[index], max_replies, random)
+                             for index in order[start:start + posts_per_step]])
+
+
+def _rate(step: int, steps: int) -> float:
+    """Learning rate of a step as a share of the highest: up for thirty steps, and down to 0 along the way."""
+    return min(1.0, (step + 1) / 30) * (1 - step / steps)
+
+# %% ../../nbs/rewards/05_encoder_tuning.ipynb #c005-13
+def _pair_loss(vectors: Callable[[Sequence[str]], torch.Tensor], head: nn.Module, gamma: torch.Tensor,
+               rows: pd.DataFrame, posts: Sequence[str], replies: Sequence[str]) -> torch.Tensor:
+    """Bradley–Terry loss of the pairs `rows` (positions in posts and replies), whose texts are read by `vectors`.
+
+    head: from (reply, post, product) to a score; gamma: scalar, how much of the pairs' offset to take.
+    """
+    members = np.union1d(rows["better"], rows["worse"])
+    texts = [*dict.fromkeys(posts[member] for member in members)]
+    own = vectors(texts)[[texts.index(posts[member]) for member in members]]
+    answers = vectors([replies[member] for member in members])
+    # unit vectors have entries near 1 / sqrt(384): scaled up, so that the head starts with inputs near 1
+    scores = head(torch.cat([answers, own, answers * own * EMBEDDING_SIZE**0.5], dim=1)
+                  * EMBEDDING_SIZE**0.5).squeeze(-1).cpu()
+    return bradley_terry_loss(scores, np.searchsorted(members, rows["better"]),
+                              np.searchsorted(members, rows["worse"]), rows["weight"],
+                              gamma * torch.tensor(rows["offset"].to_numpy(), dtype=torch.float32))
 
 # %% ../../nbs/rewards/05_encoder_tuning.ipynb #c005
 class TunedMiniLMBackbone(MiniLMBackbone):
@@ -41,19 +102,13 @@ class TunedMiniLMBackbone(MiniLMBackbone):
     def _build(self, seed: int) -> None:
         self.device = device_and_dtype()[0]
         self.tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
-        config = LoraConfig(r=self.options["rank"], lora_alpha=2 * self.options["rank"], lora_dropout=0.1,
-                            target_modules=["query", "key", "value", "dense"], layers_pattern="layer",
-                            layers_to_transform=list(range(6 - self.options["layers"], 6)))
-        with torch.random.fork_rng(devices=[]):  # peft draws the adapter from the global generator
-            torch.manual_seed(seed)
-            self.encoder = get_peft_model(AutoModel.from_pretrained(str(minilm_folder()), dtype=torch.float32), config)
+        self.encoder = _with_adapter(self.options["rank"], self.options["layers"], seed)
         self.encoder.to(self.device).eval()
 
     def _vectors(self, texts: Sequence[str]) -> torch.Tensor:
         batch = self.tokenizer(list(texts), truncation=True, max_length=self.options["max_tokens"], padding=True,
                                return_tensors="pt").to(self.device)
-        hidden, mask = self.encoder(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        return nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+        return _unit_means(self.encoder(**batch).last_hidden_state, batch["attention_mask"])
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> np.ndarray:
         cleaned = [text[:10_000] for text in as_texts(texts)]
@@ -66,7 +121,7 @@ class TunedMiniLMBackbone(MiniLMBackbone):
         place = {text: index for index, text in enumerate(unique)}
         return found[[place[text] for text in cleaned]].astype(np.float32)
 
-    def tune(self, post_texts: Sequence[str], replies: Sequence[str], pairs: pd.DataFrame, seed: int,
+    def tune(self, posts: Sequence[str], replies: Sequence[str], pairs: pd.DataFrame, seed: int,
              posts_per_step: int = 12, max_replies: int = 16) -> "TunedMiniLMBackbone":
         """Train the adapter on `pairs` (as from `training_pairs`; positions in posts and replies).
 
@@ -75,34 +130,21 @@ class TunedMiniLMBackbone(MiniLMBackbone):
         if pairs.empty:
             raise ValueError("the encoder cannot be tuned without a pair of replies to the same post")
         self._build(child_seed(seed, "adapter") % 2**31)
-        random = np.random.default_rng(child_seed(seed, "tuning"))
         groups = [rows for _, rows in pairs.groupby("conversation", sort=True)]
         steps = self.options["epochs"] * -(-len(groups) // posts_per_step)
+        batches = _batches(groups, self.options["epochs"], posts_per_step, max_replies,
+                           np.random.default_rng(child_seed(seed, "tuning")))
+        losses = []
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(child_seed(seed, "dropout") % 2**31)
-            # unit vectors have entries near 1 / sqrt(384): scaled up, so that the head starts with inputs near 1
             head, gamma = nn.Linear(3 * EMBEDDING_SIZE, 1).to(self.device), nn.Parameter(torch.tensor(1.0))
             own = [parameter for parameter in self.encoder.parameters() if parameter.requires_grad]
             optimizer = torch.optim.AdamW([{"params": own, "lr": self.options["learning_rate"]},
                                            {"params": [*head.parameters(), gamma], "lr": 1e-3}], weight_decay=0.02)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: min(1.0, (step + 1) / 30) * (1 - step / steps))
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps))
             self.encoder.train()
-            losses = []
-            for _ in progress(range(steps), "tuning the encoder, steps"):
-                if len(losses) % (steps // self.options["epochs"]) == 0:
-                    order = random.permutation(len(groups))
-                chosen, order = order[:posts_per_step], order[posts_per_step:]
-                rows = pd.concat([_thinned(groups[index], max_replies, random) for index in chosen])
-                members = np.union1d(rows["better"], rows["worse"])
-                texts = [*dict.fromkeys(post_texts[member] for member in members)]
-                posts = self._vectors(texts)[[texts.index(post_texts[member]) for member in members]]
-                answers = self._vectors([replies[member] for member in members])
-                scores = head(torch.cat([answers, posts, answers * posts * EMBEDDING_SIZE**0.5], dim=1)
-                              * EMBEDDING_SIZE**0.5).squeeze(-1).cpu()
-                loss = bradley_terry_loss(scores, np.searchsorted(members, rows["better"]),
-                                          np.searchsorted(members, rows["worse"]), rows["weight"],
-                                          gamma * torch.tensor(rows["offset"].to_numpy(), dtype=torch.float32))
+            for _, rows in zip(progress(range(steps), "tuning the encoder, steps"), batches, strict=True):
+                loss = _pair_loss(self._vectors, head, gamma, rows, posts, replies)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(f"the encoder's loss is {float(loss)} in step {len(losses) + 1}; lower "
                                              "learning_rate")
@@ -133,14 +175,3 @@ class TunedMiniLMBackbone(MiniLMBackbone):
             name.removeprefix("backbone."): torch.from_numpy(value).to(self.device)
             for name, value in tensors.items() if name.startswith("backbone.")})
         return self
-
-
-def _thinned(rows: pd.DataFrame, max_replies: int, random: np.random.Generator) -> pd.DataFrame:
-    """The pairs among at most `max_replies` of a post's replies: a viral post must not fill a step."""
-    members = np.union1d(rows["better"], rows["worse"])
-    if len(members) <= max_replies:
-        return rows
-    kept = random.choice(members, max_replies, replace=False)
-    inside = rows["better"].isin(kept) & rows["worse"].isin(kept)
-    # where all sixteen happen to be tied with one another, the post is taken whole
-    return rows[inside] if inside.any() else rows

@@ -21,9 +21,129 @@ from .pairwise import CONTROLS, build_network, pair_features, train_network, tra
 from .text_evidence import TextEvidence
 from ..text.embedding import BACKBONES
 
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-3
+def _checked(options: dict) -> dict:
+    """`options` of the networks as they are; ValueError for one out of its range."""
+    if (options["epochs"] < 1 or options["members"] < 1 or options["hidden_size"] < 0
+            or not 0 <= options["dropout"] < 1 or options["learning_rate"] <= 0):
+        raise ValueError("epochs ({epochs}) and members ({members}) must be at least 1, hidden_size ({hidden_size}) at "
+                         "least 0, dropout ({dropout}) in [0, 1) and learning_rate ({learning_rate}) above 0".format(
+                             **options))
+    if options["control"] not in ("auto", *CONTROLS):
+        raise ValueError(f"control is {options['control']!r}; it must be auto or one of {', '.join(CONTROLS)}")
+    return options
+
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-5
+def _label_table(labels: pd.DataFrame | Sequence[float], n_replies: int) -> pd.DataFrame:
+    """`labels` as a frame with column residual; ValueError for a wrong number of them, NaN, or all equal."""
+    table = labels if isinstance(labels, pd.DataFrame) else pd.DataFrame({"residual": labels})
+    if len(table) != n_replies:
+        raise ValueError(f"{n_replies} pairs but {len(table)} labels: give one label for each pair")
+    values = table["residual"].to_numpy(dtype=float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} labels are NaN or infinite (the first "
+                         f"at position {int(np.argmin(np.isfinite(values)))}); leave out those with unknown likes")
+    if len(values) == 0 or np.ptp(values) == 0:
+        raise ValueError(f"the {len(values)} labels are all equal: nothing tells a good reply from a bad one")
+    return table
+
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-7
+def _pairs_to_learn(conversations: pd.Series, table: pd.DataFrame, min_gap: float, control: str,
+                    seed: int) -> tuple[pd.DataFrame, dict]:
+    """Pairs of replies to one post (see `training_pairs`), and control, n_posts, n_pairs; ValueError for one post."""
+    if control == "auto":
+        control = "offset" if "expected" in table else "residual"
+    found = training_pairs(conversations, table, min_gap, seed=seed, control=control)
+    n_posts = found["conversation"].nunique()
+    if n_posts < 2:
+        raise ValueError(f"{n_posts} posts have two replies that can be told apart (control {control}), among "
+                         f"{conversations.nunique()} posts; at least 2 are needed (one to stop by): collect more "
+                         "replies per post")
+    return found, {"control": control, "n_posts": n_posts, "n_pairs": len(found)}
+
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-10
+def _halves(found: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`found` as pairs of one half of the posts and of the other; ValueError where a part is too small to train on."""
+    posts = np.random.default_rng(child_seed(seed, "halves")).permutation(found["conversation"].unique())
+    first = found["conversation"].isin(posts[:len(posts) // 2])
+    if first.all() or found.loc[~first, "conversation"].nunique() < 2:
+        raise ValueError(f"{len(posts)} posts with a pair are too few to tune an encoder on half of them and train the "
+                         "networks on the rest; at least 3 are needed")
+    return found[first], found[~first]
+
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-13
+_LIMIT = 6.0  # standard deviations: a text unlike any in training is not extrapolated further than this
+
+
+def _standard(features: np.ndarray, center: np.ndarray, scale: np.ndarray) -> torch.Tensor:
+    """(n, p) features in deviations `scale` from `center`, cut at _LIMIT."""
+    return torch.from_numpy(np.clip((features - center) / scale, -_LIMIT, _LIMIT))
+
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-15
+def _train_members(standard: torch.Tensor, found: pd.DataFrame, options: dict, seed: int,
+                   held_out: float) -> tuple[list[torch.nn.Sequential], list[dict]]:
+    """options["members"] networks on the pairs `found`, and what `train_network` says of each.
+
+    Each holds out its own share `held_out` of the posts, one at least, to say when to stop.
+    """
+    posts, networks, facts = found["conversation"].unique(), [], []
+    for member in range(options["members"]):
+        own = child_seed(seed, "member", str(member))
+        shuffled = np.random.default_rng(child_seed(own, "held out")).permutation(posts)
+        stop = found["conversation"].isin(shuffled[:max(1, round(held_out * len(posts)))]).to_numpy()
+        network, said = train_network(standard, found[~stop], found[stop], options, own)
+        networks.append(network)
+        facts.append(said)
+    return networks, facts
+
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-17
+def _member_logits(networks: Sequence[torch.nn.Sequential], factors: Sequence[float],
+                   standard: torch.Tensor) -> np.ndarray:
+    """Calibrated logits of each member, (members, n) float64."""
+    with torch.no_grad():
+        return np.array([network(standard).squeeze(-1).numpy().astype(np.float64) * factor
+                         for network, factor in zip(networks, factors, strict=True)])
+
+
+def _quantiles(values: np.ndarray) -> np.ndarray:
+    """The 101 quantiles of each member's (members, n) training logits and, last, of their mean: (members + 1, 101)."""
+    return np.quantile(np.vstack([values, values.mean(axis=0)]), np.linspace(0, 1, 101), axis=1).T.astype(np.float32)
+
+
+def _beat(logits: np.ndarray, quantiles: np.ndarray) -> np.ndarray:
+    """Probability that (n,) `logits` beat a random training reply, whose logits have these 101 `quantiles`."""
+    return expit(logits[:, None] - quantiles[None, :]).mean(axis=1)
+
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-20
+def _network_tensors(networks: Sequence[torch.nn.Sequential]) -> dict[str, np.ndarray]:
+    """The networks' weights under the names that `_restored_networks` looks for."""
+    return {f"network.{member}.{name}": tensor.numpy() for member, network in enumerate(networks)
+            for name, tensor in network.state_dict().items()}
+
+
+def _restored_networks(tensors: dict[str, np.ndarray], n_features: int, options: dict) -> list[torch.nn.Sequential]:
+    """options["members"] networks with the weights of `_network_tensors`, ready to score."""
+    networks = []
+    for member in range(options["members"]):
+        network = build_network(n_features, options["hidden_size"], options["dropout"])
+        network.load_state_dict({name.removeprefix(f"network.{member}."): torch.from_numpy(value)
+                                 for name, value in tensors.items() if name.startswith(f"network.{member}.")})
+        networks.append(network.eval())
+    return networks
+
+# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-22
+def _saved(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """config.json and model.safetensors of `folder`. FileNotFoundError; ValueError for files of another version."""
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"{folder / name} is missing: run the reward_model stage first")
+    config, tensors = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
+    if config.get("format") != 2 or config.get("n_features") != len(tensors["center"]):
+        raise ValueError(f"{folder / 'config.json'}: made by another version of grpo_engage; train the model again")
+    return config, tensors
+
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005
 ALL_BACKBONES = BACKBONES | {TunedMiniLMBackbone.name: TunedMiniLMBackbone}
-_LIMIT = 6.0  # standard deviations: a text unlike any in training is not extrapolated further than this
 
 
 class EngagementRewardModel:
@@ -42,16 +162,10 @@ class EngagementRewardModel:
                  members: int = 3, control: str = "auto", backbone_options: dict | None = None):
         if backbone not in ALL_BACKBONES:
             raise ValueError(f"backbone is {backbone!r}; known are {', '.join(sorted(ALL_BACKBONES))}")
-        if epochs < 1 or members < 1 or hidden_size < 0 or not 0 <= dropout < 1 or learning_rate <= 0:
-            raise ValueError(f"epochs ({epochs}) and members ({members}) must be at least 1, hidden_size "
-                             f"({hidden_size}) at least 0, dropout ({dropout}) in [0, 1) and learning_rate "
-                             f"({learning_rate}) above 0")
-        if control not in ("auto", *CONTROLS):
-            raise ValueError(f"control is {control!r}; it must be auto or one of {', '.join(CONTROLS)}")
+        self.options = _checked({"hidden_size": hidden_size, "dropout": dropout, "learning_rate": learning_rate,
+                                 "weight_decay": weight_decay, "epochs": epochs, "min_gap": min_gap,
+                                 "members": members, "control": control})
         self.backbone, self.evidence = ALL_BACKBONES[backbone](**(backbone_options or {})), TextEvidence()
-        self.options = {"hidden_size": hidden_size, "dropout": dropout, "learning_rate": learning_rate,
-                        "weight_decay": weight_decay, "epochs": epochs, "min_gap": min_gap, "members": members,
-                        "control": control}
         self.networks: list[torch.nn.Sequential] = []
         self.factors: list[float] = []  # calibration of each member
         self.center = self.scale = np.zeros(0, dtype=np.float32)
@@ -68,75 +182,37 @@ class EngagementRewardModel:
         frame with columns residual, engagement and expected. held_out: share of the posts that decides when to stop.
         Raises: ValueError for NaN or constant labels, unequal lengths, or fewer than two posts with a pair.
         """
-        found = self._pairs(pairs, labels, seed)
-        post_texts, replies = pairs["tweet"].tolist(), pairs["reply"].tolist()
-        self.backbone.fit([*post_texts, *replies], child_seed(seed, "backbone") % 2**31)
+        found = self.pairs_to_learn(pairs, labels, seed)
+        posts, replies = pairs["tweet"].tolist(), pairs["reply"].tolist()
+        self.backbone.fit([*posts, *replies], child_seed(seed, "backbone") % 2**31)
         if isinstance(self.backbone, TunedMiniLMBackbone):
-            posts = np.random.default_rng(child_seed(seed, "halves")).permutation(found["conversation"].unique())
-            first = found["conversation"].isin(posts[:len(posts) // 2])
-            if first.all() or found.loc[~first, "conversation"].nunique() < 2:
-                raise ValueError(f"{len(posts)} posts with a pair are too few to tune an encoder on half of them and "
-                                 "train the networks on the rest; at least 3 are needed")
-            self.backbone.tune(post_texts, replies, found[first], child_seed(seed, "tuning"))
-            found = found[~first]
-        evidence = self.evidence.fit_transform(post_texts, replies, child_seed(seed, "evidence"))
-        features = pair_features(self.backbone, post_texts, replies, evidence)
+            first, found = _halves(found, seed)
+            self.backbone.tune(posts, replies, first, child_seed(seed, "tuning"))
+        evidence = self.evidence.fit_transform(posts, replies, child_seed(seed, "evidence"))
+        features = pair_features(self.backbone, posts, replies, evidence)
         self.center, self.scale = features.mean(axis=0), features.std(axis=0) + 1e-6
-        self.training_features = self._standard(features)
-        self._train(self.training_features, found, seed, held_out)
+        self.training_features = _standard(features, self.center, self.scale)
+        self.train_networks(self.training_features, found, seed, held_out)
         self.facts |= {"seed": seed, "n_replies": len(pairs)}
         return self
 
-    def _pairs(self, pairs: pd.DataFrame, labels: pd.DataFrame | Sequence[float], seed: int) -> pd.DataFrame:
-        table = labels if isinstance(labels, pd.DataFrame) else pd.DataFrame({"residual": labels})
-        if len(table) != len(pairs):
-            raise ValueError(f"{len(pairs)} pairs but {len(table)} labels: give one label for each pair")
-        values = table["residual"].to_numpy(dtype=float)
-        if not np.isfinite(values).all():
-            raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} labels are NaN or infinite (the "
-                             f"first at position {int(np.argmin(np.isfinite(values)))}); leave out those with unknown "
-                             "likes")
-        if len(values) == 0 or np.ptp(values) == 0:
-            raise ValueError(f"the {len(values)} labels are all equal: nothing tells a good reply from a bad one")
-        control = self.options["control"]
-        if control == "auto":
-            control = "offset" if "expected" in table else "residual"
-        found = training_pairs(pairs["conversation_id"], table, self.options["min_gap"], seed=seed, control=control)
-        n_posts = found["conversation"].nunique()
-        if n_posts < 2:
-            raise ValueError(f"{n_posts} posts have two replies that can be told apart (control {control}), among "
-                             f"{pairs['conversation_id'].nunique()} posts; at least 2 are needed (one to stop by): "
-                             "collect more replies per post")
-        self.facts = {"control": control, "n_posts": n_posts, "n_pairs": len(found)}
+    def pairs_to_learn(self, pairs: pd.DataFrame, labels: pd.DataFrame | Sequence[float], seed: int) -> pd.DataFrame:
+        """The pairs that `fit` learns from, as from `training_pairs`; raises as `fit`."""
+        found, self.facts = _pairs_to_learn(pairs["conversation_id"], _label_table(labels, len(pairs)),
+                                            self.options["min_gap"], self.options["control"], seed)
         return found
 
-    def _standard(self, features: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.clip((features - self.center) / self.scale, -_LIMIT, _LIMIT))
-
-    def _train(self, standard: torch.Tensor, found: pd.DataFrame, seed: int, held_out: float = 0.15) -> None:
-        posts, self.networks, self.factors, members = found["conversation"].unique(), [], [], []
-        for member in range(self.options["members"]):
-            own = child_seed(seed, "member", str(member))
-            shuffled = np.random.default_rng(child_seed(own, "held out")).permutation(posts)
-            stop = found["conversation"].isin(shuffled[:max(1, round(held_out * len(posts)))]).to_numpy()
-            network, facts = train_network(standard, found[~stop], found[stop], self.options, own)
-            self.networks.append(network)
-            self.factors.append(facts["calibration"])
-            members.append(facts)
-        values = self._members(standard)
-        self.quantiles = np.quantile(np.vstack([values, values.mean(axis=0)]), np.linspace(0, 1, 101),
-                                     axis=1).T.astype(np.float32)
+    def train_networks(self, standard: torch.Tensor, found: pd.DataFrame, seed: int, held_out: float = 0.15) -> None:
+        """The second half of `fit`: networks on features (n, p) that are there already. Changes the model."""
+        self.networks, members = _train_members(standard, found, self.options, seed, held_out)
+        self.factors = [facts["calibration"] for facts in members]
+        self.quantiles = _quantiles(_member_logits(self.networks, self.factors, standard))
         self.facts |= {name: float(np.mean([facts[name] for facts in members])) for name in members[0]}
-
-    def _members(self, standard: torch.Tensor) -> np.ndarray:
-        """Calibrated logits of each member, (members, n) float64."""
-        with torch.no_grad():
-            return np.array([network(standard).squeeze(-1).numpy().astype(np.float64) * factor
-                             for network, factor in zip(self.networks, self.factors, strict=True)])
 
     def features(self, posts: Sequence[str], replies: Sequence[str]) -> torch.Tensor:
         """What the networks read, (n, p) float32, standardised on the training replies and cut at 6 deviations."""
-        return self._standard(pair_features(self.backbone, posts, replies, self.evidence.transform(posts, replies)))
+        return _standard(pair_features(self.backbone, posts, replies, self.evidence.transform(posts, replies)),
+                         self.center, self.scale)
 
     def member_logits(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Bradley–Terry scores of each member of the ensemble, (members, n) float64.
@@ -145,7 +221,7 @@ class EngagementRewardModel:
         """
         if not self.networks:
             raise ValueError("the reward model is not trained: call fit(pairs, labels) or EngagementRewardModel.load")
-        return self._members(self.features(posts, replies))
+        return _member_logits(self.networks, self.factors, self.features(posts, replies))
 
     def logits(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Bradley–Terry scores (n,) float64, unbounded: differences are log-odds between replies to one post. The mean
@@ -154,18 +230,17 @@ class EngagementRewardModel:
 
     def logits_of(self, features: torch.Tensor) -> np.ndarray:
         """`logits` from what `features` returned: several models on one set of features read the texts once."""
-        return self._members(features).mean(axis=0)
+        return _member_logits(self.networks, self.factors, features).mean(axis=0)
 
     def score(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Probability of beating a random training reply, (n,) in [0, 1]; within a post it orders as `logits` does."""
-        return expit(self.logits(posts, replies)[:, None] - self.quantiles[-1][None, :]).mean(axis=1)
+        return _beat(self.logits(posts, replies), self.quantiles[-1])
 
     def score_and_uncertainty(self, posts: Sequence[str], replies: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """`score` and `uncertainty` of the same replies for the price of one."""
         values = self.member_logits(posts, replies)
-        own = np.array([expit(row[:, None] - quantiles[None, :]).mean(axis=1)
-                        for row, quantiles in zip(values, self.quantiles[:-1], strict=True)])
-        return expit(values.mean(axis=0)[:, None] - self.quantiles[-1][None, :]).mean(axis=1), own.std(axis=0)
+        own = np.array([_beat(row, quantiles) for row, quantiles in zip(values, self.quantiles[:-1], strict=True)])
+        return _beat(values.mean(axis=0), self.quantiles[-1]), own.std(axis=0)
 
     def uncertainty(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Standard deviation over the ensemble of the members' own scores, (n,) in [0, 0.5]; 0 with one member."""
@@ -175,10 +250,9 @@ class EngagementRewardModel:
         """Write model.safetensors and config.json into `folder` (replacing it)."""
         if not self.networks:
             raise ValueError("an untrained reward model has nothing to save: call fit first")
-        tensors = {f"network.{member}.{name}": tensor.numpy() for member, network in enumerate(self.networks)
-                   for name, tensor in network.state_dict().items()}
-        tensors |= {"center": self.center, "scale": self.scale, "quantiles": self.quantiles,
-                    **self.backbone.tensors(), **self.evidence.tensors()}
+        tensors = _network_tensors(self.networks) | {
+            "center": self.center, "scale": self.scale, "quantiles": self.quantiles, **self.backbone.tensors(),
+            **self.evidence.tensors()}
         config = {"format": 2, "backbone": self.backbone.name, "backbone_settings": self.backbone.settings(),
                   "evidence_settings": self.evidence.settings(), "options": self.options, "factors": self.factors,
                   "n_features": len(self.center), "training": self.facts}
@@ -190,23 +264,13 @@ class EngagementRewardModel:
     @classmethod
     def load(cls, folder: Path) -> "EngagementRewardModel":
         """The model that `save` wrote. Raises: FileNotFoundError; ValueError for files of another version."""
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).exists():
-                raise FileNotFoundError(f"{folder / name} is missing: run the reward_model stage first")
-        config, tensors = read_json(folder / "config.json"), load_file(folder / "model.safetensors")
-        if config.get("format") != 2 or config.get("n_features") != len(tensors["center"]):
-            raise ValueError(f"{folder / 'config.json'}: made by another version of grpo_engage; train the model again")
+        config, tensors = _saved(Path(folder))
         model = cls(config["backbone"], **config["options"])
         model.backbone.restore(config["backbone_settings"], tensors)
         model.evidence.restore(config["evidence_settings"], tensors)
         model.center, model.scale, model.quantiles = (tensors[name] for name in ("center", "scale", "quantiles"))
         model.factors, model.facts = config["factors"], config["training"]
-        for member in range(config["options"]["members"]):
-            network = build_network(len(model.center), config["options"]["hidden_size"], config["options"]["dropout"])
-            network.load_state_dict({name.removeprefix(f"network.{member}."): torch.from_numpy(value)
-                                     for name, value in tensors.items() if name.startswith(f"network.{member}.")})
-            model.networks.append(network.eval())
+        model.networks = _restored_networks(tensors, len(model.center), config["options"])
         return model
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c019
@@ -235,6 +299,6 @@ def shuffled_label_twins(model: EngagementRewardModel, pairs: pd.DataFrame, labe
         twin.backbone, twin.evidence = model.backbone, model.evidence
         twin.center, twin.scale = model.center, model.scale
         shuffled = own.iloc[moved].reset_index(drop=True)
-        twin._train(standard, twin._pairs(table, shuffled, child_seed(seed, "twin", str(place))), place)
+        twin.train_networks(standard, twin.pairs_to_learn(table, shuffled, child_seed(seed, "twin", str(place))), place)
         twins.append(twin)
     return twins

@@ -53,10 +53,15 @@ def typicality(table: sparse.csr_matrix, counts: np.ndarray, seen: bool) -> np.n
             found[:, column] = np.asarray(sums).ravel() / (1 if column == 3 else total)
     return found
 
-# %% ../../nbs/rewards/03_text_evidence.ipynb #c012
-_SCALE = 10.0  # of cosines in the softmax: a temperature of 0.1
+# %% ../../nbs/rewards/03_text_evidence.ipynb #c012-1
+def _words(texts: Sequence[str], buckets: int) -> sparse.csr_matrix:
+    from sklearn.feature_extraction.text import HashingVectorizer
 
+    vectorizer = HashingVectorizer(n_features=buckets, norm="l2", alternate_sign=False, token_pattern=_TOKEN,
+                                   ngram_range=(1, 2), binary=True, dtype=np.float32)
+    return vectorizer.transform([text[:_MAX_CHARACTERS] for text in texts])
 
+# %% ../../nbs/rewards/03_text_evidence.ipynb #c012-3
 class _Towers(nn.Module):
     """Vectors of hashed words for replies and for posts; `forward` gives unit vectors (n, size)."""
 
@@ -74,15 +79,20 @@ class _Towers(nn.Module):
                                      per_sample_weights=torch.from_numpy(part.data))
         return nn.functional.normalize(summed, dim=1)
 
-
-def _words(texts: Sequence[str], buckets: int) -> sparse.csr_matrix:
-    from sklearn.feature_extraction.text import HashingVectorizer
-
-    vectorizer = HashingVectorizer(n_features=buckets, norm="l2", alternate_sign=False, token_pattern=_TOKEN,
-                                   ngram_range=(1, 2), binary=True, dtype=np.float32)
-    return vectorizer.transform([text[:_MAX_CHARACTERS] for text in texts])
+# %% ../../nbs/rewards/03_text_evidence.ipynb #c012-6
+_SCALE = 10.0  # of cosines in the softmax: a temperature of 0.1
 
 
+def _match_loss(replies: torch.Tensor, posts: torch.Tensor, post_of: np.ndarray) -> torch.Tensor:
+    """Cross-entropy of finding each reply's post (both (n, size) unit vectors) among those of the batch.
+
+    post_of: (n,) which post it is; where two replies have the same one, neither is a wrong answer to the other.
+    """
+    cosines = replies @ posts.T * _SCALE
+    same = torch.from_numpy(post_of[:, None] == post_of[None, :]).fill_diagonal_(False)
+    return nn.functional.cross_entropy(cosines.masked_fill(same, -1e9), torch.arange(len(post_of)))
+
+# %% ../../nbs/rewards/03_text_evidence.ipynb #c012
 def train_match(posts: sparse.csr_matrix, replies: sparse.csr_matrix, post_of: np.ndarray, seed: int, size: int = 48,
                 batch_size: int = 256, learning_rate: float = 5e-3) -> _Towers:
     """Towers that find each reply's post among a batch's, by cross-entropy over cosines (InfoNCE).
@@ -102,21 +112,47 @@ def train_match(posts: sparse.csr_matrix, replies: sparse.csr_matrix, post_of: n
                 own = post_of[rows]
                 if len(set(own)) < 2:
                     continue  # one post alone has no wrong answer to tell it from
-                cosines = towers("reply", replies, rows) @ towers("post", posts, own).T * _SCALE
-                same = torch.from_numpy(own[:, None] == own[None, :]).fill_diagonal_(False)
-                loss = nn.functional.cross_entropy(cosines.masked_fill(same, -1e9), torch.arange(len(rows)))
+                loss = _match_loss(towers("reply", replies, rows), towers("post", posts, own), own)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
     return towers.eval()
 
-
+# %% ../../nbs/rewards/03_text_evidence.ipynb #c012-9
 def _match(towers: _Towers, posts: sparse.csr_matrix, replies: sparse.csr_matrix, post_of: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         post_vectors = towers("post", posts, np.arange(posts.shape[0]))
         found = [(towers("reply", replies, rows) * post_vectors[torch.from_numpy(post_of[rows])]).sum(dim=1).numpy()
                  for rows in np.array_split(np.arange(len(post_of)), max(1, len(post_of) // 8192))]
     return np.concatenate(found).astype(np.float32)
+
+# %% ../../nbs/rewards/03_text_evidence.ipynb #c014-1
+def _pair_tables(posts: Sequence[str], replies: Sequence[str], buckets: int
+                 ) -> tuple[sparse.csr_matrix, sparse.csr_matrix, np.ndarray]:
+    """Hashed words of the different posts (p, buckets), of the replies (n, buckets), and each reply's post (n,)."""
+    unique, post_of = np.unique(np.asarray(posts, dtype=object), return_inverse=True)
+    return _words(unique, buckets), _words(replies, buckets), post_of
+
+# %% ../../nbs/rewards/03_text_evidence.ipynb #c014-3
+def _cross_fitted_match(posts: sparse.csr_matrix, replies: sparse.csr_matrix, post_of: np.ndarray, seed: int,
+                        size: int) -> np.ndarray:
+    """The match of each reply (n,) float32 by towers that never saw its post; 0 where there is one post alone."""
+    match = np.zeros(len(post_of), dtype=np.float32)
+    halves = np.random.default_rng(child_seed(seed, "halves")).permutation(posts.shape[0])[post_of] % 2
+    for half in (0, 1):
+        train, judged = np.flatnonzero(halves != half), np.flatnonzero(halves == half)
+        if len(train) and len(judged):
+            towers = train_match(posts, replies[train], post_of[train], child_seed(seed, "half", str(half)), size)
+            match[judged] = _match(towers, posts, replies[judged], post_of[judged])
+    return match
+
+# %% ../../nbs/rewards/03_text_evidence.ipynb #c014-5
+def _together(posts: Sequence[str], replies: Sequence[str], tables: Sequence[sparse.csr_matrix],
+              counts: Sequence[np.ndarray], seen: bool, match: np.ndarray) -> np.ndarray:
+    """All columns, (n, columns) float32: typicality for each size of runs, match, counts, surface."""
+    typical = [typicality(table, own, seen) for table, own in zip(tables, counts, strict=True)]
+    counted = count_pairs(posts, replies).to_numpy()
+    return np.concatenate([*typical, match[:, None], counted, text_features(replies)], axis=1).astype(np.float32)
 
 # %% ../../nbs/rewards/03_text_evidence.ipynb #c014
 class TextEvidence:
@@ -128,44 +164,27 @@ class TextEvidence:
         self.counts: list[np.ndarray] = []
         self.towers: _Towers | None = None
 
-    def fit_transform(self, post_texts: Sequence[str], replies: Sequence[str], seed: int) -> np.ndarray:
+    def fit_transform(self, posts: Sequence[str], replies: Sequence[str], seed: int) -> np.ndarray:
         """Learn from these pairs; their own features, each computed as if the pair had not been among them."""
-        post_texts, replies = as_texts(post_texts, "posts"), as_texts(replies, "replies")
-        tables = [_neighbours(replies, size, self.buckets) for size in (2, 3)]
-        self.counts = [np.asarray(table.sum(axis=0), dtype=np.float32).ravel() for table in tables]
-        unique, post_of = np.unique(np.asarray(post_texts, dtype=object), return_inverse=True)
-        posts, words = _words(unique, self.buckets), _words(replies, self.buckets)
-        self.towers = train_match(posts, words, post_of, seed, self.size)
-        match = np.zeros(len(replies), dtype=np.float32)
-        halves = np.random.default_rng(child_seed(seed, "halves")).permutation(len(unique))[post_of] % 2
-        for half in (0, 1):
-            train, judged = np.flatnonzero(halves != half), np.flatnonzero(halves == half)
-            if len(train) and len(judged):
-                towers = train_match(posts, words[train], post_of[train], child_seed(seed, "half", str(half)),
-                                     self.size)
-                match[judged] = _match(towers, posts, words[judged], post_of[judged])
-        return self._together(post_texts, replies, [typicality(table, counts, True) for table, counts in
-                                                zip(tables, self.counts, strict=True)], match)
+        posts, replies = as_texts(posts, "posts"), as_texts(replies, "replies")
+        runs = [_neighbours(replies, size, self.buckets) for size in (2, 3)]
+        self.counts = [np.asarray(table.sum(axis=0), dtype=np.float32).ravel() for table in runs]
+        tables = _pair_tables(posts, replies, self.buckets)
+        self.towers = train_match(*tables, seed, self.size)
+        return _together(posts, replies, runs, self.counts, True, _cross_fitted_match(*tables, seed, self.size))
 
-    def transform(self, post_texts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def transform(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         """Features of pairs that were not learned from. Raises: ValueError before `fit_transform` or `restore`."""
         if self.towers is None:
             raise ValueError("the text evidence has not been fitted: call fit_transform, or load a saved model")
-        post_texts, replies = as_texts(post_texts, "posts"), as_texts(replies, "replies")
-        if len(post_texts) != len(replies):
-            raise ValueError(f"{len(post_texts)} posts but {len(replies)} replies: give one post for each reply")
+        posts, replies = as_texts(posts, "posts"), as_texts(replies, "replies")
+        if len(posts) != len(replies):
+            raise ValueError(f"{len(posts)} posts but {len(replies)} replies: give one post for each reply")
         if not replies:
             return np.zeros((0, len(TYPICALITY) + 1 + len(COUNTS) + len(TEXT_FEATURES)), dtype=np.float32)
-        parts = [typicality(_neighbours(replies, size, self.buckets), counts, False)
-                 for size, counts in zip((2, 3), self.counts, strict=True)]
-        unique, post_of = np.unique(np.asarray(post_texts, dtype=object), return_inverse=True)
-        match = _match(self.towers, _words(unique, self.buckets), _words(replies, self.buckets), post_of)
-        return self._together(post_texts, replies, parts, match)
-
-    @staticmethod
-    def _together(post_texts, replies, parts: list[np.ndarray], match: np.ndarray) -> np.ndarray:
-        counted = count_pairs(post_texts, replies).to_numpy()
-        return np.concatenate([*parts, match[:, None], counted, text_features(replies)], axis=1).astype(np.float32)
+        runs = [_neighbours(replies, size, self.buckets) for size in (2, 3)]
+        match = _match(self.towers, *_pair_tables(posts, replies, self.buckets))
+        return _together(posts, replies, runs, self.counts, False, match)
 
     def settings(self) -> dict:
         return {"buckets": self.buckets, "size": self.size}

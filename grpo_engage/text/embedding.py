@@ -124,6 +124,29 @@ class MiniLMBackbone:
                              f"this package has {MINILM_SHA256}: train it again")
         return self
 
+# %% ../../nbs/text/02_embedding.ipynb #c019-1
+def _ngram_counts(texts: Sequence[str], buckets: int) -> sparse.csr_matrix:
+    """Hashed counts of words and their pairs, and beside them of runs of 3 to 5 characters: (n, 2 x buckets)."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+
+    cleaned = [text[:_MAX_CHARACTERS] for text in as_texts(texts)]
+    # alternate_sign off: counts stay counts, so that sublinear TF-IDF means what it says
+    common = dict(n_features=buckets, norm=None, alternate_sign=False, lowercase=True)
+    words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b|[?!#@]", **common)
+    characters = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), **common)
+    return sparse.hstack([words.transform(cleaned), characters.transform(cleaned)], format="csr")
+
+# %% ../../nbs/text/02_embedding.ipynb #c019-3
+def _tf_idf(counts: sparse.csr_matrix, idf: np.ndarray | None = None) -> tuple[sparse.csr_matrix, np.ndarray]:
+    """Rows of norm 1 (n, columns), weighted by `idf` (columns,) float32, which is learned from `counts` where None."""
+    from sklearn.feature_extraction.text import TfidfTransformer
+
+    transformer = TfidfTransformer(sublinear_tf=True)
+    if idf is None:
+        idf = transformer.fit(counts).idf_.astype(np.float32)
+    transformer.idf_ = idf.astype(np.float64)
+    return transformer.transform(counts), idf
+
 # %% ../../nbs/text/02_embedding.ipynb #c019
 class HashingBackbone:
     """Hashed word and character n-grams, TF-IDF, truncated SVD. `encode` gives (n, size) float32 unit vectors.
@@ -138,22 +161,6 @@ class HashingBackbone:
         self.idf: np.ndarray | None = None
         self.components: np.ndarray | None = None
 
-    def _weighted(self, texts: Sequence[str]) -> sparse.csr_matrix:
-        """TF-IDF rows of norm 1, (n, 2 x buckets) sparse; the first call (in `fit`) learns the weights."""
-        from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
-
-        cleaned = [text[:_MAX_CHARACTERS] for text in as_texts(texts)]
-        # alternate_sign off: counts stay counts, so that sublinear TF-IDF means what it says
-        common = dict(n_features=self.buckets, norm=None, alternate_sign=False, lowercase=True)
-        words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b|[?!#@]", **common)
-        characters = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), **common)
-        counts = sparse.hstack([words.transform(cleaned), characters.transform(cleaned)], format="csr")
-        transformer = TfidfTransformer(sublinear_tf=True)
-        if self.idf is None:
-            self.idf = transformer.fit(counts).idf_.astype(np.float32)
-        transformer.idf_ = self.idf.astype(np.float64)
-        return transformer.transform(counts)
-
     def fit(self, texts: Sequence[str], seed: int) -> "HashingBackbone":
         """Learn the weights and singular vectors from the distinct `texts`; ValueError for fewer than three."""
         from sklearn.decomposition import TruncatedSVD
@@ -161,8 +168,7 @@ class HashingBackbone:
         unique = sorted(set(as_texts(texts)))
         if len(unique) < 3:
             raise ValueError(f"the hashing backbone needs at least 3 distinct texts, got {len(unique)}")
-        self.idf = None
-        table = self._weighted(unique)
+        table, self.idf = _tf_idf(_ngram_counts(unique, self.buckets))
         size = min(self.size, len(unique) - 1)
         self.components = TruncatedSVD(size, n_iter=3, random_state=seed).fit(table).components_.astype(np.float32)
         return self
@@ -172,7 +178,7 @@ class HashingBackbone:
             raise ValueError("the hashing backbone has not been fitted: call fit(texts, seed) or load a saved model")
         if not len(texts):
             return np.zeros((0, len(self.components)), dtype=np.float32)
-        vectors = np.asarray(self._weighted(texts) @ self.components.T)
+        vectors = np.asarray(_tf_idf(_ngram_counts(texts, self.buckets), self.idf)[0] @ self.components.T)
         return (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)).astype(np.float32)
 
     def settings(self) -> dict:
@@ -189,7 +195,7 @@ class HashingBackbone:
                              f"{self.idf.shape} and {self.components.shape}: the files do not belong together")
         return self
 
-
+# %% ../../nbs/text/02_embedding.ipynb #c020-1
 class JointBackbone(HashingBackbone):
     """MiniLM and n-grams side by side: `encode` gives (n, 384 + size) float32 unit vectors."""
 

@@ -139,7 +139,7 @@ def _stem(word: str) -> str:
     """First five letters: enough to match "hostages" with "hostage", with no stemmer to depend on."""
     return word[:5]
 
-
+# %% ../../nbs/text/00_reply_text.ipynb #c014-2
 def _mood(words: Sequence[str]) -> float:
     """(positive − negative) / (positive + negative + 1) in (−1, 1), over different words; a negator flips the next."""
     positive = negative = 0
@@ -151,7 +151,7 @@ def _mood(words: Sequence[str]) -> float:
                 negative += 1
     return (positive - negative) / (positive + negative + 1)
 
-
+# %% ../../nbs/text/00_reply_text.ipynb #c014-4
 class _Post(NamedTuple):
     words: frozenset[str]
     runs: frozenset[tuple]  # every run of `size` words
@@ -173,52 +173,78 @@ def _read_post(post_text: str) -> _Post:
     return _Post(frozenset(words), triples, size, stems, _mood(words), guess_language(words)[0],
                  _main_script(text)[0])
 
-
-def _count(post_text: str, reply: str) -> tuple:
-    """The numbers named in COUNTS, for one pair."""
-    post = _read_post(post_text)
-    text = clean_reply(reply)
-    mentions, hashtags = len(_MENTION.findall(text)), text.count("#")
-    address = _ADDRESS.match(reply[:_READ])
-    many = max(0, address.group().count("@") - 12) if address else 0  # a dozen handles is more than any real address
-    prose = _MENTION.sub(" ", text) if mentions else text
-    matches = list(_WORD.finditer(prose))
-    originals = [match.group() for match in matches]
-    words = [_plain(word) for word in originals]
+# %% ../../nbs/text/00_reply_text.ipynb #c014-7
+def _quoted(words: Sequence[str], post: _Post) -> list[bool]:
+    """For each word, whether it lies in a run of words that stands in the post as well."""
     quoted = [False] * len(words)
     for start in range(len(words) - post.size + 1):
         if tuple(words[start:start + post.size]) in post.runs:
             quoted[start:start + post.size] = [True] * post.size
+    return quoted
+
+# %% ../../nbs/text/00_reply_text.ipynb #c014-9
+def _asks(prose: str, matches: Sequence[re.Match], quoted: Sequence[bool]) -> bool:
+    """Whether a question mark stands behind a word of the reply's own, and not behind a quoted one."""
     ends = [match.start() for match in matches[1:]] + [len(prose)]
-    asked = "?" in prose and any(  # a question mark behind a word of its own, not behind a quoted one
-        "?" in prose[match.end():end] for match, end, copy in zip(matches, ends, quoted, strict=False) if not copy)
-    if any(quoted):
-        originals = [word for word, copy in zip(originals, quoted, strict=True) if not copy]
-    own = [_plain(word) for word in originals]
+    return "?" in prose and any("?" in prose[match.end():end]
+                                for match, end, copy in zip(matches, ends, quoted, strict=False) if not copy)
+
+# %% ../../nbs/text/00_reply_text.ipynb #c014-12
+def _is_foreign(own: Sequence[str], originals: Sequence[str], post: _Post) -> bool:
+    """Whether a reply's `own` words (as written: `originals`) are of another language or script than the post."""
+    language, counts = guess_language(own)
+    lead = counts[language] - counts[post.language or "en"]
+    scripts = _main_script("".join(originals))[1]
+    foreign_letters = post.script is not None and scripts.total() > 0 and scripts[post.script] < 0.7 * scripts.total()
+    return (lead >= 2 and language != post.language) or foreign_letters
+
+# %% ../../nbs/text/00_reply_text.ipynb #c014-15
+def _surface(reply: str, text: str) -> tuple:
+    """The counts up to longest_run: of the reply's characters, and of `text`, the cleaned reply."""
+    address, start = _ADDRESS.match(reply[:_READ]), reply[:_READ]
+    many = max(0, address.group().count("@") - 12) if address else 0  # a dozen handles is more than any real address
+    longest_run = max((len(run.group()) for run in re.finditer(r"(\S)\1{5,}", text)), default=0)
+    return (len(reply), len(_CONTROL.findall(start)), len(_URL.findall(start)), len(_MENTION.findall(text)) + many,
+            text.count("#"), 0 if text.isascii() else len(_EMOJI.findall(text)), longest_run)
+
+# %% ../../nbs/text/00_reply_text.ipynb #c014-17
+def _own_words(own: Sequence[str], post: _Post) -> tuple:
+    """The counts from own to topical: of the words that are not quoted from the post."""
     kinds, pairs = Counter(own), set(zip(["", *own], own, strict=False))
     content = {word for word in kinds if word not in STOP_WORDS and (len(word) > 1 or not word.isascii())}
     informative = {_stem(word) for word in content if word not in GENERIC}
-    language, language_counts = guess_language(own)
-    script, scripts = _main_script("".join(originals))
-    lead = language_counts[language] - language_counts[post.language or "en"]
-    foreign_words = lead >= 2 and language != post.language
-    foreign_letters = post.script is not None and scripts.total() > 0 and scripts[post.script] < 0.7 * scripts.total()
-    lowered = text.lower()
-    longest_run = max((len(run.group()) for run in re.finditer(r"(\S)\1{5,}", text)), default=0)
+    return (len(own), len(kinds), len(pairs), max(kinds.values(), default=0),
+            sum(word in STOP_WORDS and len(word) <= 5 for word in own), len(informative),
+            len(informative & post.stems), bool(post.stems))
+
+# %% ../../nbs/text/00_reply_text.ipynb #c014-19
+def _crimes(words: Sequence[str], lowered: str) -> tuple:
+    """The counts from insult to injection, of a reply's `words` and of its cleaned text in lower case."""
+    return (len(INSULTS.intersection(words)) + bool(_THREAT.search(lowered)), len(PROFANITY.intersection(words)),
+            bool(_PROMOTION.search(lowered)), bool(_INJECTION.search(lowered)))
+
+# %% ../../nbs/text/00_reply_text.ipynb #c014-21
+def _shouted(originals: Sequence[str]) -> float:
+    """Share of capitals among the letters, in [0, 1]; 0 for fewer than 15 letters, which may be a name."""
     letters = "".join(word for word in originals if word.isalpha())
-    return (
-        len(reply), len(_CONTROL.findall(reply[:_READ])), len(_URL.findall(reply[:_READ])), mentions + many, hashtags,
-        0 if text.isascii() else len(_EMOJI.findall(text)), longest_run, len(words), len(own), len(kinds), len(pairs),
-        max(kinds.values(), default=0), sum(word in STOP_WORDS and len(word) <= 5 for word in own), len(informative),
-        len(informative & post.stems), bool(post.stems), sum(word in post.words for word in words),
-        sum(map(str.isupper, letters)) / len(letters) if len(letters) >= 15 else 0.0,
-        asked and len(kinds) >= 3,
-        len(INSULTS.intersection(words)) + bool(_THREAT.search(lowered)), len(PROFANITY.intersection(words)),
-        bool(_PROMOTION.search(lowered)), bool(_INJECTION.search(lowered)), bool(foreign_words or foreign_letters),
-        _mood(own), post.mood, post.script in (None, "LATIN") and post.language in (None, "en"),
-    )
+    return sum(map(str.isupper, letters)) / len(letters) if len(letters) >= 15 else 0.0
 
 
+def _count(post_text: str, reply: str) -> tuple:
+    """The numbers named in COUNTS, for one pair."""
+    post, text = _read_post(post_text), clean_reply(reply)
+    prose = _MENTION.sub(" ", text)
+    matches = list(_WORD.finditer(prose))
+    words = [_plain(match.group()) for match in matches]
+    quoted = _quoted(words, post)
+    originals = [match.group() for match, copy in zip(matches, quoted, strict=True) if not copy]
+    own = [_plain(word) for word in originals]
+    return (*_surface(reply, text), len(words), *_own_words(own, post), sum(word in post.words for word in words),
+            _shouted(originals), _asks(prose, matches, quoted) and len(set(own)) >= 3, *_crimes(words, text.lower()),
+            _is_foreign(own, originals, post), _mood(own), post.mood,
+            post.script in (None, "LATIN") and post.language in (None, "en"))
+
+# %% ../../nbs/text/00_reply_text.ipynb #c014-23
 def count_pairs(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
     """One row a pair, one float64 column for each name in COUNTS.
 
