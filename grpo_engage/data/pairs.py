@@ -149,8 +149,8 @@ def data_stage(run_dir: Path, settings: DataSettings | None = None, **changes: o
     given = DataSettings.given(settings, **changes)
     folder, seed, data_path = Path(run_dir) / "data", given.seed, given.data_path
     if (given.source == "file") != bool(data_path):
-        raise ValueError(f"source is {given.source!r} and data_path {data_path!r}: use source 'file' with a data_path, or "
-                         "source 'simulator' without")
+        raise ValueError(f"source is {given.source!r} and data_path {data_path!r}: use source 'file' with a data_path, "
+                         "or source 'simulator' without")
     shares = check_fractions(given.fractions)
     inputs = [Path(data_path).expanduser()] if data_path else []
     with stage_manifest(folder, "data", given.recorded(), inputs) as manifest:
