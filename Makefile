@@ -56,6 +56,7 @@ lab: $(READY)
 export: $(READY)
 	find grpo_engage -name "*.py" ! -name __init__.py -delete
 	$(BIN)/nbdev_export
+	$(BIN)/python -m grpo_engage.run.settings  # writes the parameters cells
 
 clean-notebooks: $(READY)
 	$(BIN)/nbdev_clean

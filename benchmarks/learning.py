@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from grpo_engage.base.core import read_json, savefig, say, write_csv, write_parquet
+from grpo_engage.base.core import read_json, say, write_csv, write_parquet
+from grpo_engage.base.plots import savefig
 from grpo_engage.data.pairs import load_pairs
 from grpo_engage.evaluation.evaluation import choose_posts, posts_with_replies
 from grpo_engage.evaluation.scoring import choose_tau

@@ -11,7 +11,7 @@ from training import make_grpo_trainer, train_grpo, train_supervised
 from transformers import TrainerCallback
 
 from grpo_engage.base.core import file_sha256
-from grpo_engage.policy.replies import load_policy, reply_nll
+from grpo_engage.policy.sampling import load_policy, reply_nll
 from grpo_engage.train.advantages import group_advantage
 from grpo_engage.train.arm_training import largest_divisor
 from grpo_engage.train.hybrid import pilot_verdict, train_stage

@@ -17,7 +17,14 @@ from grpo_engage.data import pairs as data
 from grpo_engage.policy import base_models
 from grpo_engage.policy import replies as policy
 from grpo_engage.policy.base_models import NANO, ensure_policy, nano_corpus, pretrain_nano
-from grpo_engage.policy.replies import clean_text, format_prompt, generate_replies, load_adapted, load_policy, reply_nll
+from grpo_engage.policy.sampling import (
+    clean_text,
+    format_prompt,
+    generate_replies,
+    load_adapted,
+    load_policy,
+    reply_nll,
+)
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from grpo_engage.base.core import REPO_ROOT
-from grpo_engage.policy.replies import clean_text, format_prompt, load_policy
+from grpo_engage.policy.sampling import clean_text, format_prompt, load_policy
 from grpo_engage.studies.enumeration import expected_gradient, relative_error, tiny_metric, tiny_trainer
 from grpo_engage.text.diversity import marginal_credit
 from grpo_engage.train.advantages import group_advantage, max_at_k_advantage, rms_scaled

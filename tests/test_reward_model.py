@@ -15,7 +15,7 @@ from grpo_engage.base.core import child_seed, file_sha256, read_json, write_json
 from grpo_engage.data import pairs as data
 from grpo_engage.data.simulator import expected_log_likes, simulate_pairs
 from grpo_engage.policy.base_models import ensure_policy
-from grpo_engage.policy.replies import clean_text, format_prompt, load_policy
+from grpo_engage.policy.sampling import clean_text, format_prompt, load_policy
 from grpo_engage.rewards import heuristic as heuristic_reward
 from grpo_engage.rewards.causal_reward import preference_dataset
 from grpo_engage.rewards.circumstances import (

@@ -12,7 +12,8 @@ from scipy.linalg import sqrtm
 from scipy.stats import entropy
 
 from grpo_engage.text.metrics import _WORD, words
-from grpo_engage.text.sets import CopiedSpans, ead, ngram_vectors, safety_flags, semantic_diversity, vendi
+from grpo_engage.text.safety import CopiedSpans, safety_flags
+from grpo_engage.text.sets import ead, ngram_vectors, semantic_diversity, vendi
 
 text = st.one_of(st.text(max_size=40), st.lists(st.sampled_from("a b c the 👍 да 日本 , it's".split()),
                                                 max_size=12).map(" ".join))

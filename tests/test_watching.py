@@ -19,8 +19,8 @@ from training import make_trainer, train_arm, train_supervised
 from transformers import BitsAndBytesConfig, PrinterCallback, TrainerCallback
 
 from grpo_engage.base.core import file_sha256
-from grpo_engage.policy import replies as policy
-from grpo_engage.policy.replies import load_policy, loading_settings
+from grpo_engage.policy import sampling as policy
+from grpo_engage.policy.sampling import load_policy, loading_settings
 from grpo_engage.train.objective import Objective
 from grpo_engage.train.stopping import RewardError
 from grpo_engage.train.trainer import ReplyTrainer

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..base.core import child_seed, savefig, say, stage_manifest, style, write_csv, write_parquet
+from ..base.core import child_seed, say, stage_manifest, write_csv, write_parquet
+from ..base.plots import savefig, style
 from .reading import read_pairs
 from .rows import NUMBER_FIELDS, PairTables, derive_conversation_id
 from .settings import DataSettings

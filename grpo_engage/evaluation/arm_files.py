@@ -16,7 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..policy.replies import clean_text
+from ..policy.sampling import clean_text
 
 # %% ../../nbs/evaluation/01_arm_files.ipynb #c005-1
 def _decoded(path: Path) -> Iterator[tuple[int, str]]:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base.core import ARM_COLOURS
+from ..base.plots import ARM_COLOURS
 from .scoring import allowed
 from ..text.metrics import pass_at_k
 

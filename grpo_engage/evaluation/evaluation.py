@@ -13,17 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from grpo_engage.base.core import (
-    child_seed,
-    read_json,
-    savefig,
-    say,
-    stage_manifest,
-    style,
-    write_csv,
-    write_json,
-    write_parquet,
-)
+from ..base.core import child_seed, read_json, say, stage_manifest, write_csv, write_json, write_parquet
+from ..base.plots import savefig, style
 from .arm_files import arm_file_name, file_replies
 from .conclusions import beside_projection, compare_arms, decide, recommend
 from .generation import COLUMNS, Job, generate_part, plan_jobs

@@ -19,16 +19,8 @@ import pandas as pd
 
 from ..base.core import child_seed, file_sha256, read_json, say, write_parquet
 from .settings import EvaluationSampling, EvaluationSettings
-from grpo_engage.policy.replies import (
-    clean_text,
-    format_prompt,
-    generate_replies,
-    instruction_of,
-    load_adapted,
-    load_policy,
-    loading_options,
-    read_policy,
-)
+from ..policy.replies import instruction_of, loading_options, read_policy
+from ..policy.sampling import clean_text, format_prompt, generate_replies, load_adapted, load_policy
 from ..policy.settings import INSTRUCTION
 from ..train.objective import RIVAL_ARMS
 

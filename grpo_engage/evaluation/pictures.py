@@ -17,7 +17,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..base.core import ARM_COLOURS, read_json, savefig, style
+from ..base.core import read_json
+from ..base.plots import ARM_COLOURS, savefig, style
 from .curves import plot_forest, plot_tau_sensitivity, tau_sensitivity
 
 # %% ../../nbs/evaluation/07_pictures.ipynb #c005

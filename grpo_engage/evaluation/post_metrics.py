@@ -19,7 +19,8 @@ from ..base.core import progress
 from ..rewards.heuristic import guard_flags
 from ..text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
 from ..text.reply_text import count_pairs
-from ..text.sets import CopiedSpans, ead, ngram_vectors, safety_flags, semantic_diversity, vendi
+from ..text.safety import CopiedSpans, safety_flags
+from ..text.sets import ead, ngram_vectors, semantic_diversity, vendi
 
 # %% ../../nbs/evaluation/02_post_metrics.ipynb #c005
 SMALL = 20_000  # texts: below this, starting processes takes longer than they save

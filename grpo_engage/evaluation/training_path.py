@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..data.gold import gold_appeal
 from .pictures import arm_looks
-from ..policy.replies import clean_text
+from ..policy.sampling import clean_text
 from ..train.watching import model_judge
 
 # %% ../../nbs/evaluation/08_training_path.ipynb #c005

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base.core import ARM_COLOURS, SPLITS, style
+from ..base.core import SPLITS
+from ..base.plots import ARM_COLOURS, style
 from ..data.pairs import PHEME_REFERENCE
 from .pdf import escape_latex
 from grpo_engage.paper.results import (

@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..base.core import REPO_ROOT, savefig, stage_manifest
+from ..base.core import REPO_ROOT, stage_manifest
+from ..base.plots import savefig
 from grpo_engage.paper.exhibits import (
     comparisons_table,
     data_table,

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..base.core import child_seed, read_json, savefig, say, stage_manifest, write_csv
+from ..base.core import child_seed, read_json, say, stage_manifest, write_csv
+from ..base.plots import savefig
 from ..data.gold import gold_appeal
 from ..data.pairs import load_pairs
-from ..policy.replies import generate_replies, instruction_of, load_policy, loading_options, read_policy
+from ..policy.replies import instruction_of, loading_options, read_policy
+from ..policy.sampling import generate_replies, load_policy
 from .engagement_model import EngagementRewardModel
 from .heuristic import DEFAULT_WEIGHTS, HeuristicReward
 from .overoptimisation import compare_picks, curves, curves_figure, fit_peak, misjudged

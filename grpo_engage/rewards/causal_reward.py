@@ -20,10 +20,10 @@ from transformers import AutoModelForSequenceClassification, PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from ..base.core import child_seed, device_and_dtype, read_json, write_json
+from ..base.trainer_lines import ProgressLines
 from ..policy.base_models import quiet_libraries
-from ..policy.replies import clean_text, format_prompt, load_policy
+from ..policy.sampling import clean_text, format_prompt, load_policy
 from .pairwise import training_pairs
-from ..train.loop import ProgressLines
 
 # %% ../../nbs/rewards/10_causal_reward.ipynb #c005
 def preference_dataset(pairs: pd.DataFrame, found: pd.DataFrame, tokenizer, pairs_per_post: int = 4,

@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from ..base.core import child_seed, savefig, say, stage_manifest, style, write_csv, write_json, write_parquet
+from ..base.core import child_seed, say, stage_manifest, write_csv, write_json, write_parquet
+from ..base.plots import savefig, style
 from .exploits import exploit_replies
 from .settings import HeuristicSettings
 from ..stats.intervals import cluster_bootstrap

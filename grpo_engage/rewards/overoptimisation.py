@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import gammaln
 
-from ..base.core import child_seed, style
+from ..base.core import child_seed
+from ..base.plots import style
 from ..stats.intervals import cluster_bootstrap, holm, paired_difference
 
 # %% ../../nbs/rewards/08_overoptimisation.ipynb #c007

@@ -13,16 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from grpo_engage.base.core import (
-    child_seed,
-    read_json,
-    savefig,
-    say,
-    stage_manifest,
-    write_csv,
-    write_json,
-    write_parquet,
-)
+from ..base.core import child_seed, read_json, say, stage_manifest, write_csv, write_json, write_parquet
+from ..base.plots import savefig
 from ..data.gold import gold_appeal
 from ..data.simulator import draw_context, expected_log_likes, simulate_text
 from .circumstances import choose_references, deconfound

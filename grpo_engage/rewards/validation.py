@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
-from ..base.core import child_seed, style
+from ..base.core import child_seed
+from ..base.plots import style
 from ..data.gold import gold_appeal
 from .heuristic import clear_pairs, pairwise_accuracy
 from ..stats.intervals import cluster_bootstrap, seed_interval

@@ -19,10 +19,18 @@ from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
-from ..base.core import child_seed, say, style, write_parquet
+from ..base.core import child_seed, say, write_parquet
+from ..base.plots import style
 from ..data.gold import gold_appeal
 from ..evaluation.scoring import BLOCKING_GUARDS
-from ..policy.replies import clean_text, format_prompt, generate_replies, load_adapted, load_policy, reply_nll
+from grpo_engage.policy.sampling import (
+    clean_text,
+    format_prompt,
+    generate_replies,
+    load_adapted,
+    load_policy,
+    reply_nll,
+)
 from ..rewards.heuristic import guard_flags
 from ..stats.crossed import crossed_difference
 from ..text.diversity import SetFunction

@@ -22,11 +22,12 @@ from trl import GRPOConfig
 from ..base.core import device_and_dtype, file_sha256
 from ..base.processes import on_first_process, world_size
 from ..base.storage import explained_writing
+from ..base.trainer_lines import ProgressLines
 from ..policy.base_models import quiet_libraries
-from ..policy.replies import clean_text, format_prompt, load_adapted, load_policy
+from ..policy.sampling import clean_text, format_prompt, load_adapted, load_policy
 from ..policy.settings import INSTRUCTION, Loading
 from ..text.diversity import SetFunction
-from .loop import ProgressLines, WarnOfTrouble, lora_config, prepare_checkpoints, run_trainer
+from .loop import WarnOfTrouble, lora_config, prepare_checkpoints, run_trainer
 from .objective import Objective
 from .settings import Optimiser, Sampling, TrainSettings, check_training
 from .stopping import LastStep, RewardError, RewardFunction, checked_scores

@@ -18,24 +18,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import kendalltau, theilslopes
 
-from grpo_engage.base.core import (
-    ARM_COLOURS,
-    child_seed,
-    read_json,
-    savefig,
-    stage_manifest,
-    style,
-    write_json,
-)
+from ..base.core import child_seed, read_json, stage_manifest, write_json
+from ..base.plots import ARM_COLOURS, savefig, style
 from ..data.pairs import load_pairs
-from grpo_engage.policy.replies import (
-    instruction_of,
-    load_adapted,
-    load_policy,
-    loading_options,
-    read_policy,
-    reply_nll,
-)
+from ..policy.replies import instruction_of, loading_options, read_policy
+from ..policy.sampling import load_adapted, load_policy, reply_nll
 from ..rewards.settings import RewardChoice
 from ..rewards.training_reward import training_reward
 from .arm_training import train_arm

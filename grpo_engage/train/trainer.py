@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from trl import GRPOConfig
 
-from ..policy.replies import clean_text
+from ..policy.sampling import clean_text
 from ..text.diversity import DIVERSITY_METRICS, SetFunction, set_diversity
 from grpo_engage.train.advantages import (
     ADVANTAGES,

@@ -26,9 +26,10 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl.models import unwrap_model_for_generation
 
-from ..base.core import ARM_COLOURS, _atomic_path, child_seed, say, style, write_csv, write_parquet
+from ..base.core import _atomic_path, child_seed, say, write_csv, write_parquet
+from ..base.plots import ARM_COLOURS, style
 from ..data.gold import gold_appeal
-from ..policy.replies import clean_text, generate_replies
+from ..policy.sampling import clean_text, generate_replies
 from ..policy.settings import INSTRUCTION
 from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.reward_model import beat_probability
