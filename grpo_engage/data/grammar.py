@@ -14,6 +14,22 @@ import numpy as np
 __all__ = ['TONES', 'TOPICS', 'SLOTS', 'KINDS', 'STRATEGIES', 'TAILS', 'HEADS', 'PLAIN', 'STRATEGY_SHARES', 'OFF_TOPIC_SHARE',
            'DAMAGED_SHARE', 'HEAD_SHARE', 'TAIL_SHARE', 'Topic', 'fill', 'Post', 'write_post', 'write_reply']
 
+# %% ../../nbs/data/00_grammar.ipynb #c004-1
+@dataclass(frozen=True)
+class Topic:
+    """A subject of posts: its tone and the phrases that belong to it alone."""
+
+    name: str
+    tone: str
+    entity: tuple[str, ...]
+    part: tuple[str, ...]
+    act: tuple[str, ...]
+
+
+def _topic(line: str) -> Topic:
+    name, tone, *lists = line.split("|")
+    return Topic(name, tone, *(tuple(words.split(",")) for words in lists))
+
 # %% ../../nbs/data/00_grammar.ipynb #c004
 TONES = ("serious", "practical", "playful")
 # topic: (tone, entities, parts, acts)
@@ -67,23 +83,6 @@ beach|playful|beach party,sand castle,surf lesson,seaside hotel,sunset cruise
 soup|playful|soup kitchen,noodle stand,curry night,dumpling menu,pizza oven
   |spoon,pepper,broth,chef|cooking soup,tasting curry
 """
-
-
-@dataclass(frozen=True)
-class Topic:
-    """A subject of posts: its tone and the phrases that belong to it alone."""
-
-    name: str
-    tone: str
-    entity: tuple[str, ...]
-    part: tuple[str, ...]
-    act: tuple[str, ...]
-
-
-def _topic(line: str) -> Topic:
-    name, tone, *lists = line.split("|")
-    return Topic(name, tone, *(tuple(words.split(",")) for words in lists))
-
 
 TOPICS: tuple[Topic, ...] = tuple(_topic(line) for line in _TOPIC_TABLE.replace("\n  |", "|").strip().splitlines())
 
