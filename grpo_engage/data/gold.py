@@ -57,7 +57,7 @@ def read_symbols(tokens: list[str]) -> list[tuple[str, str | None, str]]:
             k += 1
     return symbols
 
-# %% ../../nbs/data/01_gold.ipynb #c007
+# %% ../../nbs/data/01_gold.ipynb #c007-1
 def with_ends(symbols: list[str]) -> list[str]:
     """Symbols between a begin and an end mark."""
     return ["<s>", *symbols, "</s>"]
@@ -67,7 +67,7 @@ def pairs_and_triples(symbols: list[str]) -> tuple[list[tuple], list[tuple]]:
     """All neighbouring pairs and triples."""
     return list(zip(symbols, symbols[1:], strict=False)), list(zip(symbols, symbols[1:], symbols[2:], strict=False))
 
-
+# %% ../../nbs/data/01_gold.ipynb #c007-3
 def _template_symbols(template: str) -> list[str]:
     rng, topic = np.random.default_rng(0), TOPICS[0]  # any filling will do: the symbols are classes
     return [s for s, _, _ in read_symbols(tokenize(fill(template, topic, topic.entity[0], rng)))]
@@ -76,7 +76,7 @@ def _template_symbols(template: str) -> list[str]:
 def _exclusive(pairs: dict[str, set]) -> dict[str, frozenset]:
     return {s: frozenset(p.difference(*(q for t, q in pairs.items() if t != s))) for s, p in pairs.items()}
 
-
+# %% ../../nbs/data/01_gold.ipynb #c007-5
 @lru_cache(maxsize=1)
 def reply_ngrams() -> tuple[dict[str, frozenset], frozenset, frozenset]:
     """({strategy: its own pairs}, all pairs, all triples) of the replies that the grammar can write undamaged."""
@@ -91,7 +91,7 @@ def reply_ngrams() -> tuple[dict[str, frozenset], frozenset, frozenset]:
                 triples.update(three)
     return _exclusive(pairs), frozenset().union(*pairs.values()), frozenset(triples)
 
-
+# %% ../../nbs/data/01_gold.ipynb #c007
 @lru_cache(maxsize=1)
 def kind_ngrams() -> dict[str, frozenset]:
     """{kind: pairs of symbols that only posts of this kind contain}."""

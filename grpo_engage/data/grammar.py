@@ -231,10 +231,7 @@ def fill(template: str, topic: Topic, entity: str, rng: np.random.Generator) -> 
 
     return _SLOT.sub(value, template)
 
-# %% ../../nbs/data/00_grammar.ipynb #c017
-OFF_TOPIC_SHARE, DAMAGED_SHARE, HEAD_SHARE, TAIL_SHARE = 0.14, 0.08, 0.3, 0.62
-
-
+# %% ../../nbs/data/00_grammar.ipynb #c017-1
 @dataclass(frozen=True)
 class Post:
     """A post with what generated it (the learner sees only `text`)."""
@@ -255,6 +252,9 @@ def write_post(rng: np.random.Generator) -> Post:
     entity = _pick(topic.entity, rng)
     openings, seconds = KINDS[kind]
     return Post(fill(f"{_pick(openings, rng)} {_pick(seconds, rng)}", topic, entity, rng), kind, topic, entity)
+
+# %% ../../nbs/data/00_grammar.ipynb #c017
+OFF_TOPIC_SHARE, DAMAGED_SHARE, HEAD_SHARE, TAIL_SHARE = 0.14, 0.08, 0.3, 0.62
 
 
 def write_reply(post: Post, strategy: str, rng: np.random.Generator) -> str:
