@@ -20,6 +20,7 @@ from grpo_engage.data.pairs import load_pairs
 from grpo_engage.evaluation.evaluation import choose_posts, posts_with_replies
 from grpo_engage.evaluation.scoring import choose_tau
 from grpo_engage.policy.replies import read_policy
+from grpo_engage.rewards.training_reward import training_reward
 from grpo_engage.stats.intervals import holm
 from grpo_engage.studies.learning_study import (
     SETTINGS,
@@ -32,7 +33,6 @@ from grpo_engage.studies.learning_study import (
     study_by_post,
     study_setting,
 )
-from grpo_engage.train.hybrid import training_reward
 from grpo_engage.train.objective import Objective
 
 METRICS = ("pass@1", "pass@10", "gold", "reward", "self_bleu", "distinct_2", "ead", "rouge_l", "nll", "kl", "length")

@@ -20,11 +20,11 @@ import pandas as pd
 from grpo_engage.base.core import child_seed, read_json, say, write_csv
 from grpo_engage.data.gold import gold_appeal
 from grpo_engage.policy.replies import read_policy
-from grpo_engage.rewards.causal_reward import train_causal_reward
 from grpo_engage.rewards.engagement_model import EngagementRewardModel
 from grpo_engage.rewards.heuristic import clear_pairs, pairwise_accuracy
 from grpo_engage.rewards.validation import overall_spearman, within_post_spearman
 from grpo_engage.stats.intervals import cluster_bootstrap
+from grpo_engage.train.causal_reward import train_causal_reward
 
 CONTROLS = ("offset", "residual", "window", "none")
 

@@ -17,7 +17,6 @@ from grpo_engage.data.simulator import expected_log_likes, simulate_pairs
 from grpo_engage.policy.base_models import ensure_policy
 from grpo_engage.policy.sampling import clean_text, format_prompt, load_policy
 from grpo_engage.rewards import heuristic as heuristic_reward
-from grpo_engage.rewards.causal_reward import preference_dataset
 from grpo_engage.rewards.circumstances import (
     choose_references,
     deconfound,
@@ -33,6 +32,7 @@ from grpo_engage.rewards.overoptimisation import misjudged
 from grpo_engage.rewards.pairwise import bradley_terry_loss, pair_features, training_pairs
 from grpo_engage.rewards.reward_model import CombinedReward, beat_probability, reward_model_stage
 from grpo_engage.rewards.text_evidence import TYPICALITY, TextEvidence
+from grpo_engage.rewards.training_reward import UnvalidatedReward, training_reward
 from grpo_engage.rewards.validation import (
     accuracy,
     all_pairs,
@@ -44,7 +44,7 @@ from grpo_engage.rewards.validation import (
 from grpo_engage.stats.intervals import seed_interval
 from grpo_engage.text import embedding as embedding_module
 from grpo_engage.text.embedding import EMBEDDING_SIZE, HashingBackbone, embed, text_features
-from grpo_engage.train.hybrid import UnvalidatedReward, training_reward
+from grpo_engage.train.causal_reward import preference_dataset
 
 TINY = {"size": 12, "buckets": 2**10}
 

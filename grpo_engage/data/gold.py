@@ -57,7 +57,7 @@ def read_symbols(tokens: list[str]) -> list[tuple[str, str | None, str]]:
             k += 1
     return symbols
 
-# %% ../../nbs/data/01_gold.ipynb #c007
+# %% ../../nbs/data/01_gold.ipynb #c007-1
 def with_ends(symbols: list[str]) -> list[str]:
     """Symbols between a begin and an end mark."""
     return ["<s>", *symbols, "</s>"]
@@ -67,7 +67,7 @@ def pairs_and_triples(symbols: list[str]) -> tuple[list[tuple], list[tuple]]:
     """All neighbouring pairs and triples."""
     return list(zip(symbols, symbols[1:], strict=False)), list(zip(symbols, symbols[1:], symbols[2:], strict=False))
 
-
+# %% ../../nbs/data/01_gold.ipynb #c007-3
 def _template_symbols(template: str) -> list[str]:
     rng, topic = np.random.default_rng(0), TOPICS[0]  # any filling will do: the symbols are classes
     return [s for s, _, _ in read_symbols(tokenize(fill(template, topic, topic.entity[0], rng)))]
@@ -76,7 +76,7 @@ def _template_symbols(template: str) -> list[str]:
 def _exclusive(pairs: dict[str, set]) -> dict[str, frozenset]:
     return {s: frozenset(p.difference(*(q for t, q in pairs.items() if t != s))) for s, p in pairs.items()}
 
-
+# %% ../../nbs/data/01_gold.ipynb #c007-5
 @lru_cache(maxsize=1)
 def reply_ngrams() -> tuple[dict[str, frozenset], frozenset, frozenset]:
     """({strategy: its own pairs}, all pairs, all triples) of the replies that the grammar can write undamaged."""
@@ -91,7 +91,7 @@ def reply_ngrams() -> tuple[dict[str, frozenset], frozenset, frozenset]:
                 triples.update(three)
     return _exclusive(pairs), frozenset().union(*pairs.values()), frozenset(triples)
 
-
+# %% ../../nbs/data/01_gold.ipynb #c007
 @lru_cache(maxsize=1)
 def kind_ngrams() -> dict[str, frozenset]:
     """{kind: pairs of symbols that only posts of this kind contain}."""
@@ -156,7 +156,46 @@ def _normalise(votes: dict[str, float]) -> dict[str, float]:
 def _content(tokens: list[str]) -> list[str]:
     return [t for t in tokens if len(t) > 3 or t.isdigit()]  # short words carry little content
 
-# %% ../../nbs/data/01_gold.ipynb #c017
+# %% ../../nbs/data/01_gold.ipynb #c017-1
+def _fit(pairs: list, own: dict[str, frozenset], fits: dict[str, float]) -> float:
+    """How well the strategies that the `pairs` of symbols show suit the post, in [0, 1]; NO_FIT where none is shown."""
+    votes = {strategy: sum(pair in own_pairs for pair in pairs) for strategy, own_pairs in own.items()}
+    total = sum(votes.values())
+    shown = sum(votes[s] * fits[s] for s in votes) / total if total else NO_FIT
+    confidence = min(1.0, total / 2)
+    return confidence * shown + (1 - confidence) * NO_FIT
+
+# %% ../../nbs/data/01_gold.ipynb #c017-3
+def _relevance(symbols: list, content: list[str], post_topics, post_entities, post_words) -> float:
+    """Share of the reply's phrases that are of the post's topic, and a bonus for its entity: in [0.1, 1]."""
+    topics = Counter(topic for _, topic, _ in symbols if topic)
+    if topics:
+        on_topic = sum(n * (name in post_topics) for name, n in topics.items()) / sum(topics.values())
+        entity = any(symbol == "<entity>" and words_ in post_entities for symbol, _, words_ in symbols)
+        return 0.10 + 0.65 * on_topic + 0.25 * entity
+    shared = set(content)  # no phrase of a known topic: shared words must do
+    return 0.10 + 0.45 * len(shared & post_words) / max(3, len(shared))
+
+# %% ../../nbs/data/01_gold.ipynb #c017-5
+def _novelty(tokens: list[str], content: list[str], post_words, post_pairs) -> float:
+    """Share of content words that the post has not, less for repeating oneself and for copying the post: [0, 1]."""
+    new = sum(word not in post_words for word in content) / len(content) if content else 0.0
+    variety = len(set(zip(tokens, tokens[1:], strict=False))) / max(1, len(tokens) - 1)
+    copied = sum(pair in post_pairs for pair in zip(tokens, tokens[1:], strict=False)) / max(1, len(tokens) - 1)
+    return new * variety**2 * (1 - max(0.0, copied - 0.3) / 0.7)
+
+# %% ../../nbs/data/01_gold.ipynb #c017-7
+def _length_gate(n_words: int) -> float:
+    """1 from 7 to 18 words, falling to 0.25 for one word and smoothly to 0 for long ones."""
+    return min(1.0, 0.125 + 0.125 * n_words) if n_words <= 18 else float(np.exp(-(((n_words - 18) / 6.0) ** 2)))
+
+# %% ../../nbs/data/01_gold.ipynb #c017-9
+def _fluency(pairs: list, triples: list, known_pairs: frozenset, known_triples: frozenset) -> float:
+    """Cube of the share of neighbouring pairs and triples that are known: 1 for a reply of the grammar, .1 for half."""
+    share = 0.5 * np.mean([p in known_pairs for p in pairs]) + 0.5 * np.mean([t in known_triples for t in triples])
+    return float(share**3)
+
+# %% ../../nbs/data/01_gold.ipynb #c017-11
 COMPONENTS = ("fit", "relevance", "specificity", "novelty", "length", "fluency")
 
 
@@ -166,46 +205,13 @@ def _components(post: tuple, reply: str) -> tuple[float, ...]:
     words = [t for t in tokens if t[0].isalnum()]
     if not words:
         return (0.0,) * len(COMPONENTS)
-    symbols = read_symbols(tokens)
-    names = [symbol for symbol, _, _ in symbols]
+    symbols, content = read_symbols(tokens), _content(tokens)
     own, known_pairs, known_triples = reply_ngrams()
-    pairs, triples = pairs_and_triples(with_ends(names))
-
-    votes = {strategy: sum(pair in own_pairs for pair in pairs) for strategy, own_pairs in own.items()}
-    total = sum(votes.values())
-    shown = sum(votes[s] * fits[s] for s in votes) / total if total else NO_FIT
-    confidence = min(1.0, total / 2)
-    fit = confidence * shown + (1 - confidence) * NO_FIT
-
-    topics = Counter(topic for _, topic, _ in symbols if topic)
-    if topics:
-        on_topic = sum(n * (name in post_topics) for name, n in topics.items()) / sum(topics.values())
-        entity = any(symbol == "<entity>" and words_ in post_entities for symbol, _, words_ in symbols)
-        relevance = 0.10 + 0.65 * on_topic + 0.25 * entity
-    else:  # no phrase of a known topic: shared words must do
-        content = set(_content(tokens))
-        relevance = 0.10 + 0.45 * len(content & post_words) / max(3, len(content))
-
+    pairs, triples = pairs_and_triples(with_ends([symbol for symbol, _, _ in symbols]))
     details = len({matched for symbol, _, matched in symbols if symbol.strip("<>") in DETAILS})
-    specificity = min(details, 2) / 2
-    content = _content(tokens)
-    new = sum(word not in post_words for word in content) / len(content) if content else 0.0
-    variety = len(set(zip(tokens, tokens[1:], strict=False))) / max(1, len(tokens) - 1)
-    copied = sum(pair in post_pairs for pair in zip(tokens, tokens[1:], strict=False)) / max(1, len(tokens) - 1)
-    novelty = new * variety**2 * (1 - max(0.0, copied - 0.3) / 0.7)
-    return fit, relevance, specificity, novelty, _length_gate(len(words)), _fluency(pairs, triples, known_pairs,
-                                                                                   known_triples)
-
-
-def _length_gate(n_words: int) -> float:
-    """1 from 7 to 18 words, falling to 0.25 for one word and smoothly to 0 for long ones."""
-    return min(1.0, 0.125 + 0.125 * n_words) if n_words <= 18 else float(np.exp(-(((n_words - 18) / 6.0) ** 2)))
-
-
-def _fluency(pairs: list, triples: list, known_pairs: frozenset, known_triples: frozenset) -> float:
-    """Cube of the share of neighbouring pairs and triples that are known: 1 for a reply of the grammar, .1 for half."""
-    share = 0.5 * np.mean([p in known_pairs for p in pairs]) + 0.5 * np.mean([t in known_triples for t in triples])
-    return float(share**3)
+    return (_fit(pairs, own, fits), _relevance(symbols, content, post_topics, post_entities, post_words),
+            min(details, 2) / 2, _novelty(tokens, content, post_words, post_pairs), _length_gate(len(words)),
+            _fluency(pairs, triples, known_pairs, known_triples))
 
 
 def gold_components(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
@@ -215,7 +221,7 @@ def gold_components(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFram
     rows = [_components(read_post(post_text), reply) for post_text, reply in zip(posts, replies, strict=True)]
     return pd.DataFrame(rows, columns=list(COMPONENTS), dtype=float)
 
-
+# %% ../../nbs/data/01_gold.ipynb #c017
 def gold_appeal(posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
     """Gold appeal in [0, 1] of each reply to its post, (n,): a fixed function of the two texts and nothing else.
 

@@ -14,6 +14,22 @@ import numpy as np
 __all__ = ['TONES', 'TOPICS', 'SLOTS', 'KINDS', 'STRATEGIES', 'TAILS', 'HEADS', 'PLAIN', 'STRATEGY_SHARES', 'OFF_TOPIC_SHARE',
            'DAMAGED_SHARE', 'HEAD_SHARE', 'TAIL_SHARE', 'Topic', 'fill', 'Post', 'write_post', 'write_reply']
 
+# %% ../../nbs/data/00_grammar.ipynb #c004-1
+@dataclass(frozen=True)
+class Topic:
+    """A subject of posts: its tone and the phrases that belong to it alone."""
+
+    name: str
+    tone: str
+    entity: tuple[str, ...]
+    part: tuple[str, ...]
+    act: tuple[str, ...]
+
+
+def _topic(line: str) -> Topic:
+    name, tone, *lists = line.split("|")
+    return Topic(name, tone, *(tuple(words.split(",")) for words in lists))
+
 # %% ../../nbs/data/00_grammar.ipynb #c004
 TONES = ("serious", "practical", "playful")
 # topic: (tone, entities, parts, acts)
@@ -67,23 +83,6 @@ beach|playful|beach party,sand castle,surf lesson,seaside hotel,sunset cruise
 soup|playful|soup kitchen,noodle stand,curry night,dumpling menu,pizza oven
   |spoon,pepper,broth,chef|cooking soup,tasting curry
 """
-
-
-@dataclass(frozen=True)
-class Topic:
-    """A subject of posts: its tone and the phrases that belong to it alone."""
-
-    name: str
-    tone: str
-    entity: tuple[str, ...]
-    part: tuple[str, ...]
-    act: tuple[str, ...]
-
-
-def _topic(line: str) -> Topic:
-    name, tone, *lists = line.split("|")
-    return Topic(name, tone, *(tuple(words.split(",")) for words in lists))
-
 
 TOPICS: tuple[Topic, ...] = tuple(_topic(line) for line in _TOPIC_TABLE.replace("\n  |", "|").strip().splitlines())
 
@@ -232,10 +231,7 @@ def fill(template: str, topic: Topic, entity: str, rng: np.random.Generator) -> 
 
     return _SLOT.sub(value, template)
 
-# %% ../../nbs/data/00_grammar.ipynb #c017
-OFF_TOPIC_SHARE, DAMAGED_SHARE, HEAD_SHARE, TAIL_SHARE = 0.14, 0.08, 0.3, 0.62
-
-
+# %% ../../nbs/data/00_grammar.ipynb #c017-1
 @dataclass(frozen=True)
 class Post:
     """A post with what generated it (the learner sees only `text`)."""
@@ -256,6 +252,9 @@ def write_post(rng: np.random.Generator) -> Post:
     entity = _pick(topic.entity, rng)
     openings, seconds = KINDS[kind]
     return Post(fill(f"{_pick(openings, rng)} {_pick(seconds, rng)}", topic, entity, rng), kind, topic, entity)
+
+# %% ../../nbs/data/00_grammar.ipynb #c017
+OFF_TOPIC_SHARE, DAMAGED_SHARE, HEAD_SHARE, TAIL_SHARE = 0.14, 0.08, 0.3, 0.62
 
 
 def write_reply(post: Post, strategy: str, rng: np.random.Generator) -> str:

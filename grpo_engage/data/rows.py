@@ -79,6 +79,16 @@ def parse_number(field: str, value: Any, from_text: bool = False) -> float:
     return float(value) + 0.0  # -0.0 becomes 0.0
 
 # %% ../../nbs/data/03_rows.ipynb #c013
+def _storable(field: str, value: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(f"{field} holds a lone surrogate at character {error.start + 1}: {excerpt(value)}") from None
+    if "\0" in value:
+        raise RowError(f"{field} holds a NUL character: {excerpt(value)}")
+    return value
+
+
 def parse_text(field: str, value: Any) -> str:
     """`value` when it is usable text: a string with something visible, storable as UTF-8, not too long."""
     if value is None:
@@ -91,17 +101,7 @@ def parse_text(field: str, value: Any) -> str:
         raise RowError(f"{field} is empty or has only invisible characters: {excerpt(ascii(value))}")
     return _storable(field, value)
 
-
-def _storable(field: str, value: str) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(f"{field} holds a lone surrogate at character {error.start + 1}: {excerpt(value)}") from None
-    if "\0" in value:
-        raise RowError(f"{field} holds a NUL character: {excerpt(value)}")
-    return value
-
-
+# %% ../../nbs/data/03_rows.ipynb #c014-1
 def parse_identifier(field: str, value: Any) -> str | None:
     """An optional name (`conversation_id`, `reply_id`, `source`) as text; null and a blank CSV cell are None."""
     if value is None:
@@ -113,7 +113,7 @@ def parse_identifier(field: str, value: Any) -> str | None:
         raise RowError(f"{field} has {len(text):,} characters, allowed are 1 to {MAX_ID_CHARACTERS:,}: {excerpt(text)}")
     return _storable(field, text)
 
-# %% ../../nbs/data/03_rows.ipynb #c016
+# %% ../../nbs/data/03_rows.ipynb #c016-1
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
     """json's object_pairs_hook: a repeated key is an error, where the standard reader keeps the last in silence."""
     record = dict(items)
@@ -134,7 +134,7 @@ def parse_json(text: str, what: str = "the line") -> Any:
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
         raise RowError(f"{what} is nested too deeply or holds an endless number: {excerpt(str(error))}") from None
 
-
+# %% ../../nbs/data/03_rows.ipynb #c016
 def parse_meta(value: Any) -> str:
     """`meta` (an object, JSON text of one, or null) as JSON text with sorted keys; '{}' for null."""
     if isinstance(value, str):

@@ -78,7 +78,7 @@ def draw_context(text: pd.DataFrame, seed: int) -> pd.DataFrame:
         "broadcast": rng.random(n) < np.minimum(1.0, np.exp(odds)),
     }, index=text.index)
 
-# %% ../../nbs/data/02_simulator.ipynb #c011
+# %% ../../nbs/data/02_simulator.ipynb #c011-1
 def expected_log_likes(gold: np.ndarray, context: pd.DataFrame) -> np.ndarray:
     """Log of the expected likes up to a constant, (n,): what gold appeal and circumstances decide, chance left out."""
     b = LIKES
@@ -101,7 +101,7 @@ def draw_likes(gold: np.ndarray, context: pd.DataFrame, seed: int) -> tuple[np.n
     likes, retweets = rng.poisson(rate * seen), rng.poisson(rate * seen * np.exp(b["retweets"]))
     return likes.astype(np.int64), retweets.astype(np.int64)
 
-
+# %% ../../nbs/data/02_simulator.ipynb #c011
 def simulate_pairs(n_conversations: int, seed: int) -> pd.DataFrame:
     """Simulated pairs in the project's schema, one row a reply, nothing null; the same arguments give the same bytes.
 

@@ -90,14 +90,24 @@ def read_sets(sets: Sequence[Sequence[str]], vocabulary_size: int, n_jobs: int |
     parts = in_processes(_read_sets, chunks, sum(map(len, sets)), n_jobs, "reading sets, chunks of 200")
     return pd.DataFrame([row for part in parts for row in part], columns=list(SET_METRICS))
 
-# %% ../../nbs/evaluation/02_post_metrics.ipynb #c018
+# %% ../../nbs/evaluation/02_post_metrics.ipynb #c018-1
 def _passes(counts: pd.DataFrame, k: int) -> np.ndarray:
     """Pass@k of each post from columns sum and size; NaN where there are fewer than k replies."""
     values, enough = np.full(len(counts), math.nan), (counts["size"] >= k).to_numpy()
     values[enough] = pass_at_k(counts["size"][enough], counts["sum"][enough], k)
     return values
 
+# %% ../../nbs/evaluation/02_post_metrics.ipynb #c018-3
+def _averages(groups) -> pd.DataFrame:
+    """Means of the columns that each reply has by itself, under the metric's name, one row a group; and proxy_gap."""
+    means = {"rouge_l": "rouge_l", "judge": "judge_engagement", "reward": "reward_engagement", "gold": "gold_appeal",
+             "n_words": "length", "tokens": "tokens"} | {
+        name: name for name in groups.obj if name.startswith(("copied_", "safety_", "guard_"))}
+    averaged = groups[[name for name in means if name in groups.obj]].mean().rename(columns=means)
+    averaged.insert(3, "proxy_gap", averaged["reward_engagement"] - averaged["judge_engagement"])
+    return averaged
 
+# %% ../../nbs/evaluation/02_post_metrics.ipynb #c018
 def metrics_by_post(scored: pd.DataFrame, vocabulary_size: int | None = None, vectors: np.ndarray | None = None,
                     n_jobs: int | None = None) -> pd.DataFrame:
     """One value for each arm, seed, post and metric: columns arm, seed, post, metric, value (NaN: not computable).
@@ -124,12 +134,7 @@ def metrics_by_post(scored: pd.DataFrame, vocabulary_size: int | None = None, ve
     for name, metric in (("vendi_semantic", vendi), ("semantic_diversity", semantic_diversity)):
         columns[name] = np.array([math.nan if vectors is None else metric(vectors[index]) for index in rows])
     columns["vendi_semantic"] = np.where(whole, columns["vendi_semantic"], math.nan)
-    means = {"rouge_l": "rouge_l", "judge": "judge_engagement", "reward": "reward_engagement", "gold": "gold_appeal",
-             "n_words": "length", "tokens": "tokens"} | {
-        name: name for name in scored if name.startswith(("copied_", "safety_", "guard_"))}
-    averaged = groups[[name for name in means if name in scored]].mean().rename(columns=means)
-    averaged.insert(3, "proxy_gap", averaged["reward_engagement"] - averaged["judge_engagement"])
-    wide = pd.DataFrame(columns, index=counts.index).join(averaged).reset_index()
+    wide = pd.DataFrame(columns, index=counts.index).join(_averages(groups)).reset_index()
     return wide.melt(keys, var_name="metric", value_name="value")
 
 # %% ../../nbs/evaluation/02_post_metrics.ipynb #c022

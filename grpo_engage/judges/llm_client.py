@@ -208,14 +208,14 @@ def _post(client: httpx2.Client, endpoint: Endpoint, body: dict) -> dict:
         raise _TryAgain(f"a reply that is not the protocol's JSON ({type(error).__name__})") from error
     return reply
 
-# %% ../../nbs/judges/00_llm_client.ipynb #c018
+# %% ../../nbs/judges/00_llm_client.ipynb #c018-1
 def request_body(endpoint: Endpoint, messages: Messages, repeat: int = 0) -> dict:
     """The request: greedy (temperature 0), a short answer. `repeat` is the seed: a repeat is another request."""
     clean = [message | {"content": message["content"].encode("utf-8", "replace").decode()} for message in messages]
     return {"model": endpoint.model, "messages": clean, "temperature": 0, "max_tokens": endpoint.max_tokens,
             "seed": repeat}
 
-
+# %% ../../nbs/judges/00_llm_client.ipynb #c018-3
 def _usage_cost(endpoint: Endpoint, reply: dict, most: float) -> float:
     """What the call did cost, by the server's own count of tokens; the bound where it gives none."""
     usage = reply.get("usage")
@@ -223,7 +223,21 @@ def _usage_cost(endpoint: Endpoint, reply: dict, most: float) -> float:
     known = all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts)
     return endpoint.cost(*counts) if known else most
 
+# %% ../../nbs/judges/00_llm_client.ipynb #c018-5
+def _retrying(endpoint: Endpoint, sleep: Callable[[float], None]) -> tenacity.Retrying:
+    """Tries again what raises `_TryAgain`: as often, and after as long, as server and `endpoint` say."""
+    backoff = tenacity.wait_exponential_jitter(initial=1, max=endpoint.longest_wait)
 
+    def wait(state: tenacity.RetryCallState) -> float:
+        return max(backoff(state), state.outcome.exception().wait)
+
+    def final(state: tenacity.RetryCallState) -> bool:
+        return state.attempt_number >= endpoint.tries or state.outcome.exception().wait > endpoint.longest_wait
+
+    return tenacity.Retrying(stop=final, wait=wait, sleep=sleep, reraise=True,
+                             retry=tenacity.retry_if_exception_type(_TryAgain))
+
+# %% ../../nbs/judges/00_llm_client.ipynb #c018
 def ask(client: httpx2.Client, endpoint: Endpoint, ledger: Ledger, messages: Messages, *, cap: float = math.inf,
         repeat: int = 0, sleep: Callable[[float], None] = time.sleep) -> Answer:
     """The model's answer to `messages`, from the ledger where it is known.
@@ -236,18 +250,9 @@ def ask(client: httpx2.Client, endpoint: Endpoint, ledger: Ledger, messages: Mes
     if (known := ledger.answer(key)) is not None:
         return Answer(known, cached=True)
     most = endpoint.cost(most_tokens(messages), endpoint.max_tokens)
-    backoff = tenacity.wait_exponential_jitter(initial=1, max=endpoint.longest_wait)
-
-    def wait(state: tenacity.RetryCallState) -> float:
-        return max(backoff(state), state.outcome.exception().wait)
-
-    def final(state: tenacity.RetryCallState) -> bool:
-        return state.attempt_number >= endpoint.tries or state.outcome.exception().wait > endpoint.longest_wait
-
     tries = 0
     try:
-        for attempt in tenacity.Retrying(stop=final, wait=wait, sleep=sleep, reraise=True,
-                                         retry=tenacity.retry_if_exception_type(_TryAgain)):
+        for attempt in _retrying(endpoint, sleep):
             with attempt:
                 call = ledger.reserve(most, cap)
                 if call is None:

@@ -54,7 +54,7 @@ def absolute_messages(post: str, reply: str) -> Messages:
     """The question how good one reply is."""
     return _messages({"post": post, "reply": reply}, _ABSOLUTE)
 
-# %% ../../nbs/judges/01_llm_judge.ipynb #c007
+# %% ../../nbs/judges/01_llm_judge.ipynb #c007-1
 def _bare(text: str) -> str:
     text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL).strip()
     if text.startswith("{"):
@@ -65,7 +65,7 @@ def _bare(text: str) -> str:
         return str(next(iter(found.values()))) if isinstance(found, dict) and len(found) == 1 else text
     return text.strip(" \t\n\"'`*.()")
 
-
+# %% ../../nbs/judges/01_llm_judge.ipynb #c007-3
 def parse_pair(answer: Answer) -> tuple[float, str]:
     """1 (A is better), 0 (B), 0.5 (tie), or NaN and the reason."""
     if answer.text is None:
@@ -74,7 +74,7 @@ def parse_pair(answer: Answer) -> tuple[float, str]:
     return ({"a": 1.0, "b": 0.0, "tie": 0.5}[found[1].lower()], "") if found else (
         math.nan, f"unparseable: {answer.text[:60]!r}")
 
-
+# %% ../../nbs/judges/01_llm_judge.ipynb #c007
 def parse_absolute(answer: Answer) -> tuple[float, str]:
     """A score 1..10, or NaN and the reason."""
     if answer.text is None:

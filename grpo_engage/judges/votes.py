@@ -23,7 +23,16 @@ from ..stats.agreement import agreement, share_over_posts
 COLUMNS = ("voter", "arm", "versus", "seed", "versus_seed", "post", "sample", "shown_left", "vote")
 VOTES = ("left", "right", "tie")
 
-# %% ../../nbs/judges/04_votes.ipynb #c004
+# %% ../../nbs/judges/04_votes.ipynb #c004-1
+def _vote_line(vote: Mapping[str, object]) -> str:
+    """`vote` as one line of CSV, whatever was typed; a leading = or + would be a formula in a spreadsheet (OWASP)."""
+    values = [" ".join(str(vote[name]).encode("utf-8", "replace").decode().split()) for name in COLUMNS]
+    values = ["'" + value if value[:1] in ("=", "+", "-", "@") else value for value in values]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue()
+
+# %% ../../nbs/judges/04_votes.ipynb #c004-3
 def append_vote(path: Path, vote: Mapping[str, object]) -> None:
     """Add one vote, `vote` by `COLUMNS`: `arm` and `versus` are compared, `shown_left` is whose reply stood left.
 
@@ -33,11 +42,6 @@ def append_vote(path: Path, vote: Mapping[str, object]) -> None:
         raise ValueError(f"append_vote: give {COLUMNS} with vote one of {VOTES} and a voter's name; got {dict(vote)}")
     if vote["shown_left"] not in (vote["arm"], vote["versus"]):
         raise ValueError(f"append_vote: shown_left is {vote['shown_left']!r}, neither of the two arms")
-    # One line, whatever was typed; a leading = or + would be a formula in a spreadsheet (OWASP: CSV injection).
-    values = [" ".join(str(vote[name]).encode("utf-8", "replace").decode().split()) for name in COLUMNS]
-    values = ["'" + value if value[:1] in ("=", "+", "-", "@") else value for value in values]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(values)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as handle:
@@ -47,11 +51,11 @@ def append_vote(path: Path, vote: Mapping[str, object]) -> None:
         if size:
             handle.seek(size - 1)
             line = "" if handle.read(1) == b"\n" else "\n"  # a kill cut the last line off
-        handle.write((line + text.getvalue()).encode())
+        handle.write((line + _vote_line(vote)).encode())
         handle.flush()
         os.fsync(handle.fileno())
 
-
+# %% ../../nbs/judges/04_votes.ipynb #c004
 def read_votes(path: Path) -> pd.DataFrame:
     """The votes, each voter's last on each pair; empty where there is no file. Adds score: 1 `arm` wins, 0.5, 0.
 

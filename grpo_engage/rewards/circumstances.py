@@ -47,7 +47,7 @@ def covariates(pairs: pd.DataFrame) -> pd.DataFrame:
                          "log_delay": log1p("reply_time_diff_seconds"), "broadcast": _broadcast(meta),
                          "log_post_likes": log1p("tweet_likes")}, index=pairs.index)
 
-
+# %% ../../nbs/rewards/01_circumstances.ipynb #c008-1
 def design_matrix(values: pd.DataFrame, fit_rows: np.ndarray) -> tuple[pd.DataFrame, list[str]]:
     """Complete, standardised regressors with a constant, and notes on what was left out.
 
@@ -80,7 +80,7 @@ def design_matrix(values: pd.DataFrame, fit_rows: np.ndarray) -> tuple[pd.DataFr
         kept[name] = trial[:, -1]
     return pd.DataFrame(kept, index=values.index), notes
 
-# %% ../../nbs/rewards/01_circumstances.ipynb #c013
+# %% ../../nbs/rewards/01_circumstances.ipynb #c013-1
 def _negative_binomial(counts: np.ndarray, regressors: pd.DataFrame) -> tuple[np.ndarray, float, str]:
     """Coefficients, dispersion alpha and the name of the method; RuntimeError when neither way converges."""
     # statsmodels' own start overflows on heavy tails (a maximum of thousands of likes); a GLM with alpha = 1 does not.
@@ -110,7 +110,7 @@ def _negative_binomial(counts: np.ndarray, regressors: pd.DataFrame) -> tuple[np
                            f"covariates of extreme size among {list(regressors.columns)}")
     return values, alpha, f"GLM with moment dispersion (maximum likelihood failed: {reason})"
 
-
+# %% ../../nbs/rewards/01_circumstances.ipynb #c013
 def expected_engagement(pairs: pd.DataFrame, fit_rows: Sequence[bool],
                         retweet_weight: float = 1.0) -> tuple[np.ndarray, dict]:
     """Mean engagement of a reply in these circumstances whatever it says: (n,) finite, positive; and a report.

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 
 from ..base.core import atomic_folder, child_seed, read_json, write_json
-from .encoder_tuning import TunedMiniLMBackbone
+from .encoder_tuning import TunedMiniLMBackbone, tuning_halves
 from .pairwise import CONTROLS, build_network, pair_features, train_network, training_pairs
 from .text_evidence import TextEvidence
 from ..text.embedding import BACKBONES
@@ -60,16 +60,6 @@ def _pairs_to_learn(conversations: pd.Series, table: pd.DataFrame, min_gap: floa
                          f"{conversations.nunique()} posts; at least 2 are needed (one to stop by): collect more "
                          "replies per post")
     return found, {"control": control, "n_posts": n_posts, "n_pairs": len(found)}
-
-# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-10
-def _halves(found: pd.DataFrame, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`found` as pairs of one half of the posts and of the other; ValueError where a part is too small to train on."""
-    posts = np.random.default_rng(child_seed(seed, "halves")).permutation(found["conversation"].unique())
-    first = found["conversation"].isin(posts[:len(posts) // 2])
-    if first.all() or found.loc[~first, "conversation"].nunique() < 2:
-        raise ValueError(f"{len(posts)} posts with a pair are too few to tune an encoder on half of them and train the "
-                         "networks on the rest; at least 3 are needed")
-    return found[first], found[~first]
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005-13
 _LIMIT = 6.0  # standard deviations: a text unlike any in training is not extrapolated further than this
@@ -186,7 +176,7 @@ class EngagementRewardModel:
         posts, replies = pairs["tweet"].tolist(), pairs["reply"].tolist()
         self.backbone.fit([*posts, *replies], child_seed(seed, "backbone") % 2**31)
         if isinstance(self.backbone, TunedMiniLMBackbone):
-            first, found = _halves(found, seed)
+            first, found = tuning_halves(found, seed)
             self.backbone.tune(posts, replies, first, child_seed(seed, "tuning"))
         evidence = self.evidence.fit_transform(posts, replies, child_seed(seed, "evidence"))
         features = pair_features(self.backbone, posts, replies, evidence)

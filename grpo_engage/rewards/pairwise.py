@@ -79,7 +79,7 @@ def pair_features(backbone, posts: Sequence[str], replies: Sequence[str], eviden
     product = post * reply
     return np.concatenate([reply, post, product, product.sum(axis=1, keepdims=True), evidence], axis=1)
 
-# %% ../../nbs/rewards/04_pairwise.ipynb #c016
+# %% ../../nbs/rewards/04_pairwise.ipynb #c016-1
 def build_network(n_features: int, hidden_size: int, dropout: float) -> nn.Sequential:
     """(n, n_features) -> (n, 1) scores: GELU layers of `hidden_size` and half as many units; linear when that is 0."""
     if hidden_size == 0:
@@ -88,7 +88,7 @@ def build_network(n_features: int, hidden_size: int, dropout: float) -> nn.Seque
                          nn.Linear(hidden_size, (hidden_size + 1) // 2), nn.GELU(),
                          nn.Linear((hidden_size + 1) // 2, 1))
 
-
+# %% ../../nbs/rewards/04_pairwise.ipynb #c016-3
 def bradley_terry_loss(scores: torch.Tensor, better: np.ndarray, worse: np.ndarray, weight: np.ndarray,
                        offset: torch.Tensor | float = 0.0) -> torch.Tensor:
     """Weighted mean of -log sigmoid(score[better] - score[worse] + offset) over pairs of positions in `scores` (n,)."""
@@ -97,7 +97,25 @@ def bradley_terry_loss(scores: torch.Tensor, better: np.ndarray, worse: np.ndarr
     first, second = torch.tensor(np.array(better)), torch.tensor(np.array(worse))
     return (weights * nn.functional.softplus(scores[second] - scores[first] - offset)).sum() / weights.sum()
 
+# %% ../../nbs/rewards/04_pairwise.ipynb #c016-6
+def _calibration(scores: torch.Tensor, judged: Sequence[np.ndarray], offset: torch.Tensor) -> float:
+    """The factor on `scores` (n,) that makes the loss of the pairs `judged` (better, worse, weight) least.
 
+    It lies between an eighth and eight: a held-out part of a few pairs must not scale the reward to nothing.
+    """
+    found = minimize_scalar(lambda log: float(bradley_terry_loss(scores * float(np.exp(log)), *judged, offset)),
+                            bounds=(-2.1, 2.1), method="bounded")
+    return float(np.exp(found.x))
+
+# %% ../../nbs/rewards/04_pairwise.ipynb #c016-8
+def _step_loss(network: nn.Module, features: torch.Tensor, rows: pd.DataFrame, gamma: torch.Tensor) -> torch.Tensor:
+    """Loss of the pairs `rows`, whose offsets count `gamma` times; each reply is scored once for all its pairs."""
+    members = np.union1d(rows["better"], rows["worse"])
+    better, worse = np.searchsorted(members, rows["better"]), np.searchsorted(members, rows["worse"])
+    offset = gamma * torch.tensor(rows["offset"].to_numpy(), dtype=torch.float32)
+    return bradley_terry_loss(network(features[members]).squeeze(-1), better, worse, rows["weight"], offset)
+
+# %% ../../nbs/rewards/04_pairwise.ipynb #c016
 def train_network(features: torch.Tensor, train: pd.DataFrame, held_out: pd.DataFrame, options: Mapping, seed: int,
                   posts_per_step: int = 8, patience: int = 3) -> tuple[nn.Sequential, dict]:
     """Minimise the Bradley–Terry loss by AdamW; the network of the epoch with the least held-out loss, and facts.
@@ -123,12 +141,8 @@ def train_network(features: torch.Tensor, train: pd.DataFrame, held_out: pd.Data
             network.train()
             for batch in torch.randperm(len(groups), generator=shuffle).split(posts_per_step):
                 rows = pd.concat([groups[index] for index in batch.tolist()])
-                members = np.union1d(rows["better"], rows["worse"])  # each reply is scored once for all its pairs
-                better, worse = np.searchsorted(members, rows["better"]), np.searchsorted(members, rows["worse"])
                 optimizer.zero_grad()
-                offset = gamma * torch.tensor(rows["offset"].to_numpy(), dtype=torch.float32)
-                bradley_terry_loss(network(features[members]).squeeze(-1), better, worse, rows["weight"],
-                                   offset).backward()
+                _step_loss(network, features, rows, gamma).backward()
                 optimizer.step()
             network.eval()
             with torch.no_grad():
@@ -145,9 +159,6 @@ def train_network(features: torch.Tensor, train: pd.DataFrame, held_out: pd.Data
         network.eval()
         with torch.no_grad():
             scores = network(features).squeeze(-1)
-            # between an eighth and eight: a held-out part of a few pairs must not scale the reward to nothing
-            found = minimize_scalar(lambda log: float(bradley_terry_loss(
-                scores * float(np.exp(log)), *judged, kept_gamma * judged_offset)), bounds=(-2.1, 2.1),
-                method="bounded")
+            calibration = _calibration(scores, judged, kept_gamma * judged_offset)
     return network, {"held_out_loss": best, "best_epoch": best_epoch, "offset_weight": kept_gamma,
-                     "calibration": float(np.exp(found.x))}
+                     "calibration": calibration}

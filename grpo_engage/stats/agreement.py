@@ -17,18 +17,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from .intervals import expanded_level
 
-# %% ../../nbs/stats/02_agreement.ipynb #c003
-class Agreement(NamedTuple):
-    """Kappa in [-1, 1] with its 95% interval, the share of equal labels, the number of items, why a NaN is one."""
-
-    kappa: float
-    low: float
-    high: float
-    share: float
-    n: int
-    reason: str = ""
-
-
+# %% ../../nbs/stats/02_agreement.ipynb #c003-1
 def _resampled_kappa(counts: np.ndarray, weights: str | None, n_boot: int, seed: int) -> np.ndarray:
     """Kappa of `n_boot` sets of posts drawn with replacement; counts: (posts, k, k) confusion matrices."""
     # Own formula: scikit-learn takes one set at a time, 3 ms each. The notebook checks that the two agree.
@@ -39,6 +28,17 @@ def _resampled_kappa(counts: np.ndarray, weights: str | None, n_boot: int, seed:
     by_chance = table.sum(2)[:, :, None] * table.sum(1)[:, None, :] / table.sum((1, 2))[:, None, None]
     with np.errstate(invalid="ignore"):  # 0/0: one label throughout
         return 1 - (table * apart).sum((1, 2)) / (by_chance * apart).sum((1, 2))
+
+# %% ../../nbs/stats/02_agreement.ipynb #c003
+class Agreement(NamedTuple):
+    """Kappa in [-1, 1] with its 95% interval, the share of equal labels, the number of items, why a NaN is one."""
+
+    kappa: float
+    low: float
+    high: float
+    share: float
+    n: int
+    reason: str = ""
 
 
 def agreement(first: Sequence[Hashable], second: Sequence[Hashable], posts: Sequence, *, weights: str | None = None,

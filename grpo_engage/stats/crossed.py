@@ -122,7 +122,7 @@ def crossed_difference(a: Sequence, b: Sequence, clusters: Sequence | None = Non
     p_value = float(2 * stats.t.sf(abs(mean) / error, df)) if error > 0 else (1.0 if mean == 0 else 0.0)
     return CrossedDifference(mean, mean - half, mean + half, p_value, error, df, effect, ahead, *values.shape)
 
-# %% ../../nbs/stats/01_crossed.ipynb #c016
+# %% ../../nbs/stats/01_crossed.ipynb #c016-1
 def crossed_power(delta: float, seed_variance: float, post_variance: float, residual_variance: float, n_seeds: int,
                   n_posts: int, level: float = 0.95) -> float:
     """Probability that `crossed_difference` calls a true difference `delta` significant (two-sided, alpha 1 − level).
@@ -142,7 +142,7 @@ def crossed_power(delta: float, seed_variance: float, post_variance: float, resi
     critical, shift = stats.t.ppf((1 + level) / 2, df), delta / np.sqrt(total)
     return float(stats.nct.sf(critical, df, shift) + stats.nct.cdf(-critical, df, shift))
 
-
+# %% ../../nbs/stats/01_crossed.ipynb #c016
 def posts_and_seeds_needed(differences: np.ndarray, delta: float, clusters: Sequence | None = None,
                            power: float = 0.8, seeds: Sequence[int] = (3, 5, 8, 12, 16, 24), most_posts: int = 100_000,
                            level: float = 0.95) -> pd.DataFrame:

@@ -24,7 +24,7 @@ def vendi_score(similarity: np.ndarray) -> float:
     values = values[values > 1e-12]  # rounding leaves tiny negative ones; x log x tends to 0 there
     return float(np.exp(-(values * np.log(values)).sum()))
 
-# %% ../../nbs/text/03_diversity.ipynb #c007
+# %% ../../nbs/text/03_diversity.ipynb #c007-1
 DIVERSITY_METRICS = ("self_bleu", "distinct_n", "cosine", "vendi")
 SetFunction = Callable[[Sequence[str]], float]
 
@@ -57,7 +57,7 @@ def _diversity_of(texts: Sequence[str], metric: str | SetFunction, embedder: Cal
 
     return diversity
 
-
+# %% ../../nbs/text/03_diversity.ipynb #c007
 def set_diversity(texts: Sequence[str], metric: str | SetFunction = "self_bleu", embedder: Callable = embed) -> float:
     """Diversity D of the replies `texts` to one post; higher is more diverse; 0 for fewer than two texts with a word.
 

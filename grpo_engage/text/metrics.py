@@ -67,14 +67,13 @@ def pass_at_k(n: npt.ArrayLike, c: npt.ArrayLike, k: npt.ArrayLike) -> float | n
     result = 1.0 - all_fail
     return float(result) if result.ndim == 0 else result
 
-# %% ../../nbs/text/01_metrics.ipynb #c022
-BLEU_ORDER = 4
-BLEU_EPSILON = 0.1
-
-
+# %% ../../nbs/text/01_metrics.ipynb #c022-1
 def ngrams(tokens: Sequence[str], n: int) -> Counter:
     """Counts of the n-grams of `tokens` (empty when there are fewer than n)."""
     return Counter(zip(*(tokens[start:] for start in range(n)), strict=False))
+
+# %% ../../nbs/text/01_metrics.ipynb #c022-3
+BLEU_ORDER = 4
 
 
 def _clipped_matches(tokens: Sequence[Sequence[str]]) -> Iterator[np.ndarray]:
@@ -102,7 +101,7 @@ def _clipped_matches(tokens: Sequence[Sequence[str]]) -> Iterator[np.ndarray]:
         second = np.where(np.append(True, is_last[:-1])[: len(kind)], 0, np.append(0, count[:-1])[: len(kind)])
         yield np.bincount(text, np.minimum(count, np.where(is_last, second, largest)), minlength=len(tokens))
 
-
+# %% ../../nbs/text/01_metrics.ipynb #c022-5
 def _closest_other_length(lengths: Sequence[int]) -> list[int]:
     """For each text the length, among the others, that is closest to its own (the shorter on a tie), as BLEU asks."""
     often, unique = Counter(lengths), sorted(set(lengths))
@@ -113,6 +112,9 @@ def _closest_other_length(lengths: Sequence[int]) -> list[int]:
         neighbours = unique[max(here - 1, 0) : here] + unique[here + 1 : here + 2]
         closest.append(length if often[length] > 1 else min(neighbours, key=lambda other: (abs(other - length), other)))
     return closest
+
+# %% ../../nbs/text/01_metrics.ipynb #c022
+BLEU_EPSILON = 0.1
 
 
 def self_bleu(texts: Sequence[str]) -> float:

@@ -79,6 +79,17 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufe0e\ufe0f\ufeff]")
 _URL = re.compile(r"(?:https?:|www\.)\S+|\b[\w-]+\.(?:com|net|org|info|biz|ly|io|me|example)/\S+", re.IGNORECASE)
 _ADDRESS = re.compile(r"^(?:[\s.,:\"“”'‘’-]*@\w+)+[\s:,]*")
+
+
+def clean_reply(text: str) -> str:
+    """A reply without its leading @mentions, links, control and invisible characters; NFKC-folded, at most 2,000
+    characters of it."""
+    text = _INVISIBLE.sub("", _CONTROL.sub("", text[:_READ]))
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return _URL.sub(" ", _ADDRESS.sub("", text)).strip()
+
+# %% ../../nbs/text/00_reply_text.ipynb #c011-3
 _MENTION = re.compile(r"@\w+")
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['’][^\W_]+)*")
 _EMOJI = re.compile("[\u2600-\u27bf\u2b50\u2b55\U0001f1e6-\U0001f1ff\U0001f300-\U0001faff]")
@@ -99,7 +110,7 @@ _INJECTION = re.compile(
     r"(?:\b1\.0\b|\b10\s*/\s*10\b|\b100\s*(?:%|/100|points)|\bmaximum\b|\bhighest\b|\bfull marks\b|\bperfect score)"
     r"|(?:maximum|highest|perfect) (?:rating|score|reward|grade)|<\|?\w+\|?>|\[/?inst\]")
 
-
+# %% ../../nbs/text/00_reply_text.ipynb #c011-5
 @lru_cache(maxsize=65_536)
 def _script(character: str) -> str:
     """First word of a letter's Unicode name ("LATIN", "CYRILLIC", "CJK" ...), which names its script."""
@@ -113,15 +124,6 @@ def _main_script(text: str) -> tuple[str | None, Counter]:
     else:
         counts = Counter(_script(character) for character in text if character.isalpha())
     return max(counts, key=counts.__getitem__, default=None) if counts.total() else None, counts
-
-
-def clean_reply(text: str) -> str:
-    """A reply without its leading @mentions, links, control and invisible characters; NFKC-folded, at most 2,000
-    characters of it."""
-    text = _INVISIBLE.sub("", _CONTROL.sub("", text[:_READ]))
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return _URL.sub(" ", _ADDRESS.sub("", text)).strip()
 
 # %% ../../nbs/text/00_reply_text.ipynb #c014
 COUNTS = (
