@@ -166,7 +166,7 @@ def main() -> None:
         pairs, base = load_pairs(given.run), read_policy(given.run)
         labels = pd.read_parquet(given.run / "reward_model" / "labels.parquet")
         examples = pairs[(pairs["split"] == "policy") & pairs["row"].isin(labels.loc[labels["reference"], "row"])]
-        reward, identifier, validated = training_reward(given.run, "combined", 0.8)
+        reward, identifier, validated = training_reward(given.run)
         say(f"{len(examples)} references; reward {identifier.split()[0]}, validated: {validated}")
         held = held_out(given.run, given.posts)
         for seed in (int(part) for part in given.seeds.split(",")):

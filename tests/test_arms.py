@@ -9,8 +9,9 @@ from test_grpo_trainer import KillAfter, Killed, brevity
 from training import make_trainer, train_arm
 
 from grpo_engage.base.core import file_sha256, write_json, write_parquet
+from grpo_engage.base.settings import described
 from grpo_engage.data.simulator import simulate_pairs
-from grpo_engage.run.settings import load_preset, notebook_of, read_parameters, resolve_config
+from grpo_engage.run.settings import load_preset, resolve_config, user_parameters
 from grpo_engage.train import hybrid
 from grpo_engage.train.loop import tidy_log
 from grpo_engage.train.objective import ARMS, Objective
@@ -160,12 +161,12 @@ STRATEGY = {
 
 
 def test_every_hyperparameter_of_the_strategy_is_documented_with_its_range():
-    known = read_parameters(notebook_of("train")) | {
-        name: read_parameters(notebook_of("policy"))[name] for name in ("attention", "quantization")}
+    known = user_parameters("train") | user_parameters("policy")
     for name, default in (STRATEGY | {"attention": "auto", "quantization": "none"}).items():
         parameter = known[name]
-        assert parameter.choices or parameter.type == "bool" or parameter.high < np.inf, name
-        assert len(parameter.help.split()) > 3, name
+        facts = parameter.metadata
+        assert facts["choices"] or parameter.type is bool or facts["high"] < np.inf, name
+        assert len(described(parameter).split()) > 3, name
         assert default is None or parameter.default == default, name
 
 

@@ -1,20 +1,18 @@
 """The repository itself: modules are what the notebooks export, notebooks are clean, every module stands alone."""
 
 import filecmp
-import inspect
 import json
 import re
 import shutil
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from grpo_engage.base.core import REPO_ROOT
 from grpo_engage.run.runner import stale_modules
-from grpo_engage.run.settings import STAGES, load_preset, notebook_of, read_parameters, resolve_config
+from grpo_engage.run.settings import STAGES, load_preset, resolve_config
 
 
 def _names(folder, ending):
@@ -119,23 +117,6 @@ def test_module_imports_alone(name, imported):
 @pytest.mark.parametrize("name", MODULES)
 def test_module_is_of_a_readable_size(name):
     assert len((REPO_ROOT / "grpo_engage" / f"{name.replace('.', '/')}.py").read_text().splitlines()) <= 320
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_stage_function_takes_what_its_notebook_declares(stage):
-    sources = ["".join(cell["source"]) for cell in read(STAGES[stage])["cells"]]
-    module = import_module("grpo_engage." + next(s for s in sources if s.startswith("#| default_exp")).split()[-1])
-    function = getattr(module, f"{stage}_stage")
-    taken = {name for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    assert taken == read_parameters(notebook_of(stage)).keys() - {"run_dir"}
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_papermill_documents_every_parameter(stage):
-    done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(notebook_of(stage))],
-                          capture_output=True, text=True, check=True)
-    for name in read_parameters(notebook_of(stage)):
-        assert name in done.stdout
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (REPO_ROOT / "configs").glob("*.yaml")))

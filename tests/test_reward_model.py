@@ -578,12 +578,12 @@ def test_an_arm_refuses_an_unvalidated_reward(finished_run):
         write_json(path, bad)
         for kind in ("combined", "learned"):
             with pytest.raises(UnvalidatedReward, match=r"0\.512.*allow_unvalidated_reward=true"):
-                training_reward(finished_run, kind, 0.6)
-        reward, _, validated = training_reward(finished_run, "combined", 0.6, allow_unvalidated=True)
+                training_reward(finished_run, reward=kind, reward_weight_learned=0.6)
+        reward, _, validated = training_reward(finished_run, reward_weight_learned=0.6, allow_unvalidated_reward=True)
         assert validated is False and reward(["a post"], ["a reply"]).shape == (1,)
-        assert training_reward(finished_run, "heuristic", 0.6)[2] is None
+        assert training_reward(finished_run, reward="heuristic")[2] is None
         write_json(path, bad | {"verdict": bad["verdict"] | {"validated": True}})
-        assert training_reward(finished_run, "combined", 0.6)[2] is True
+        assert training_reward(finished_run, reward_weight_learned=0.6)[2] is True
     finally:
         write_json(path, whole)
 

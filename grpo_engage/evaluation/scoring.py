@@ -53,7 +53,7 @@ def arms_reward(run_dir: Path, trained: Sequence[tuple[str, int]]) -> tuple[Call
     for arm, seed in trained:
         manifest = Path(run_dir) / "train" / arm / f"seed{seed}" / "manifest.json"
         if manifest.exists() and "reward" in (facts := read_json(manifest)):
-            choice = {name: facts["parameters"][name] for name in ("reward", "reward_weight_learned")}
+            choice = {name: facts["parameters"][name] for name in RewardChoice.leaves()}
             break
     else:
         choice = {}

@@ -1,0 +1,297 @@
+"""One home for each parameter: cell, help, checks, manifest and consumer are what the stage's settings say."""
+
+import ast
+import json
+import subprocess
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pandas as pd
+import papermill
+import pytest
+from peft import LoraConfig
+
+from grpo_engage.base.core import REPO_ROOT, write_json
+from grpo_engage.base.settings import Settings, default_of
+from grpo_engage.data.pairs import data_stage
+from grpo_engage.data.settings import DataSettings
+from grpo_engage.data.simulator import simulate_pairs
+from grpo_engage.evaluation.scoring import arms_reward
+from grpo_engage.policy import sampling
+from grpo_engage.policy.base_models import ensure_policy
+from grpo_engage.policy.replies import instruction_of, loading_options
+from grpo_engage.rewards.engagement_model import EngagementRewardModel
+from grpo_engage.rewards.settings import RewardChoice
+from grpo_engage.rewards.training_reward import training_reward
+from grpo_engage.run.graph import job_parameters
+from grpo_engage.run.settings import (
+    GRAPH_PARAMETERS,
+    SHARED,
+    STAGES,
+    load_preset,
+    notebook_of,
+    parameter_cell,
+    resolve_config,
+    stages_of,
+    user_parameters,
+)
+from grpo_engage.train.arm_training import make_trainer, training_rows
+from grpo_engage.train.objective import Objective
+from grpo_engage.train.settings import TrainSettings
+
+
+def cell_of(stage):
+    cells = json.loads(notebook_of(stage).read_text(encoding="utf-8"))["cells"]
+    return next("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", ()))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_parameters_cell_is_what_the_class_says_and_papermill_reads_it(stage):
+    assert cell_of(stage) == parameter_cell(stage)
+    kind, found = STAGES[stage].settings, papermill.inspect_notebook(str(notebook_of(stage)))
+    assert set(found) - {"run_dir"} == set(kind.leaves())
+    for name, entry in kind.leaves().items():
+        assert found[name]["inferred_type_name"] == entry.type.__name__
+        assert ast.literal_eval(found[name]["default"]) == default_of(entry) and len(found[name]["help"].split()) >= 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_and_params_show_every_parameter(stage):
+    helped = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(notebook_of(stage))],
+                            capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run([sys.executable, "-m", "grpo_engage", "params", stage], capture_output=True, text=True,
+                           check=True).stdout
+    for name, entry in user_parameters(stage).items():
+        assert name in helped and f"  {name}: {entry.type.__name__} = {default_of(entry)!r}\n" in shown
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_config_of_a_run_holds_exactly_the_parameters(stage):
+    config = resolve_config(load_preset("smoke")) | {"preset": "smoke"}
+    given = job_parameters(config, stage, *(("grpo", 0) if stage == "train" else ()))
+    assert given.keys() == STAGES[stage].settings.leaves().keys()
+    assert STAGES[stage].settings.make(**given).flat() == given
+
+
+# ---- the field test: every field of every stage reaches a consumer
+
+def second_value(entry):
+    """Another value of a parameter, one that is allowed."""
+    facts, default = entry.metadata, default_of(entry)
+    if facts["choices"]:
+        return next(choice for choice in facts["choices"] if choice != default)
+    if facts["of"]:
+        return [facts["of"][0]]
+    if entry.type is bool:
+        return not default
+    if entry.type is str:
+        return default + "x"
+    if entry.type is list:
+        return [*default, 0.5]
+    high, low = facts["high"], facts["low"]
+    return default + 1 if default + 1 <= high else default - 1 if default - 1 >= low else (low + default) / 2
+
+
+def attributes_read():
+    """Every attribute name that exported code reads, by module; the settings classes themselves aside."""
+    found = {}
+    for path in (REPO_ROOT / "grpo_engage").rglob("*.py"):
+        if path.name == "settings.py" and path.parent.name in ("base",):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found[path.relative_to(REPO_ROOT / "grpo_engage").as_posix()] = {
+            node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    return found
+
+
+# Groups that a consumer takes whole, as keyword arguments of its own: (group's class name, consumer's arguments)
+WHOLE = {"Adapter": "lora_config", "Loading": "load_policy", "EvaluationSampling": "generate_replies",
+         "HeuristicSettings": "HeuristicReward", "RewardModelSettings": "EngagementRewardModel"}
+
+
+def owners(kind):
+    """(class that declares it, field) of every parameter of `kind`."""
+    for entry in fields(kind):
+        if isinstance(entry.type, type) and issubclass(entry.type, Settings):
+            yield from owners(entry.type)
+        else:
+            yield kind, entry
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_field_is_read_by_some_consumer(stage):
+    """The cheap half: a field that nobody reads is no parameter. Whole groups are checked by value below."""
+    read = set().union(*attributes_read().values())
+    for kind, entry in owners(STAGES[stage].settings):
+        assert entry.name in read or kind.__name__ in WHOLE, f"nothing reads {kind.__name__}.{entry.name}"
+
+
+TRAINED = {  # parameter -> what the trainer has of it, given the second value
+    "max_steps": lambda t: t.args.max_steps, "save_steps": lambda t: t.args.save_steps,
+    "gradient_checkpointing": lambda t: t.args.gradient_checkpointing,
+    "max_new_tokens": lambda t: t.max_completion_length, "temperature": lambda t: t.temperature,
+    "num_generations": lambda t: t.num_generations, "advantage": lambda t: t.advantage, "max_k": lambda t: t.max_k,
+    "diversity_metric": lambda t: t.diversity_metric, "advantage_clip": lambda t: t.advantage_clip,
+    "loss_type": lambda t: t.args.loss_type, "num_iterations": lambda t: t.num_iterations,
+    "max_length": lambda t: t.max_length, "learning_rate_policy": lambda t: t.args.learning_rate,
+    "lora_r": lambda t: t.model.peft_config["default"].r,
+    "lora_alpha": lambda t: t.model.peft_config["default"].lora_alpha,
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return ensure_policy("nano")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return simulate_pairs(30, seed=8)[["tweet", "reply"]]
+
+
+def constant(posts, replies):
+    return [0.4] * len(replies)
+
+
+def trainer_with(base, pairs, folder, arm="grpo", **changes):
+    settings = TrainSettings.make(arm=arm, gradient_accumulation=0, report_to="none", **changes)
+    return make_trainer(base, pairs, folder, settings, reward=constant)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_receives_the_second_value_of_a_field(name, base, pairs, tmp_path):
+    value = second_value(TrainSettings.leaves()[name])
+    others = {"max_k": {"advantage": "max_at_k"}, "num_iterations": {"micro_batch_size": 4}}.get(name, {})
+    value = {"num_generations": 2, "max_k": 3}.get(name, value)  # posts and groups have to divide
+    assert value != default_of(TrainSettings.leaves()[name])
+    trainer = trainer_with(base, pairs, tmp_path, **{name: value} | others)
+    assert TRAINED[name](trainer) == value
+
+
+def test_training_receives_what_is_not_an_attribute(base, pairs, tmp_path):
+    share = trainer_with(base, pairs, tmp_path, posts_per_step=6).args
+    assert share.per_device_train_batch_size * share.gradient_accumulation_steps == 24
+    cut = trainer_with(base, pairs, tmp_path, micro_batch_size=4).args
+    assert (cut.per_device_train_batch_size, cut.gradient_accumulation_steps) == (4, 4)
+    accumulated = make_trainer(base, pairs, tmp_path, TrainSettings.make(arm="grpo", gradient_accumulation=2,
+                                                                         report_to="none"), reward=constant).args
+    assert accumulated.gradient_accumulation_steps == 2
+    supervised = trainer_with(base, pairs, tmp_path, arm="baseline", batch_size=6, learning_rate_supervised=3e-4).args
+    assert supervised.per_device_train_batch_size == 6 and supervised.learning_rate == 3e-4
+    assert trainer_with(base, pairs, tmp_path, kl_weight=0.5).beta == 0.5
+    assert trainer_with(base, pairs, tmp_path, arm="hybrid", policy_every=2).policy_every == 2
+    modules = trainer_with(base, pairs, tmp_path, target_modules="q_proj,v_proj").model.peft_config["default"]
+    assert isinstance(modules, LoraConfig) and modules.target_modules == {"q_proj", "v_proj"}
+    passing = trainer_with(base, pairs, tmp_path, reward_pass_threshold=0.5).reward_funcs[0]
+    assert passing(completions=["a"], post=["b"]) == [0.0]
+    weighted = TrainSettings.make(arm="hybrid", alpha=0.5, beta=0.25, lam=0.125, warm_start="base")
+    assert weighted.objective().__dict__ == dict(alpha=0.5, beta=0.25, lam=0.125, warm_start="base")
+    reported = make_trainer(base, pairs, tmp_path, TrainSettings.make(arm="grpo"), reward=constant)
+    assert any("TensorBoard" in type(callback).__name__ for callback in reported.callback_handler.callbacks)
+
+
+def test_the_instruction_reaches_the_prompts_of_training(base, pairs, tmp_path):
+    """nano's template has no place for it, so a template that has is put in."""
+    tokenizer = sampling.load_policy(base)[1]
+    tokenizer.chat_template = "{% for m in messages %}<|post|>{{ m['content'] }}{% endfor %}<|reply|>"
+    rows = training_rows(pairs, tokenizer, Objective(0, 1, 0), 2, "Answer in rhyme.")
+    assert "Answer in rhyme." in rows["prompt"][0]
+
+
+@pytest.fixture(scope="module")
+def scored_run(tmp_path_factory):
+    """A run folder whose reward model disagrees with itself, so that a penalty shows."""
+    run_dir = tmp_path_factory.mktemp("scored")
+    pairs = simulate_pairs(60, seed=3)
+    counts = np.log1p(pairs["reply_likes"].to_numpy(dtype=float))
+    labels = {"residual": counts, "engagement": pairs["reply_likes"].to_numpy(dtype=float),
+              "expected": np.ones(len(pairs))}
+    model = EngagementRewardModel("hashing", members=2, hidden_size=8, epochs=1)
+    model.fit(pairs, pd.DataFrame(labels, index=pairs.index), 1)
+    model.save(run_dir / "reward_model" / "reward")
+    write_json(run_dir / "reward_model" / "validation.json", {"verdict": {"validated": True, "text": "fine"}})
+    return run_dir, pairs
+
+
+@pytest.mark.parametrize("name", [name for name in RewardChoice.leaves() if name != "allow_unvalidated_reward"])
+def test_the_evaluation_scores_by_the_reward_that_trained(scored_run, name, tmp_path):
+    """The lost penalty: the evaluation had its own list of names, and reward_penalty was not on it."""
+    run_dir, pairs = scored_run
+    value = second_value(RewardChoice.leaves()[name])
+    choice = RewardChoice.make(**{name: value})
+    write_json(run_dir / "train" / "grpo" / "seed0" / "manifest.json",
+               {"reward": "x", "parameters": TrainSettings.make(arm="grpo", **choice.flat()).recorded()})
+    trained, its_name, _ = training_reward(run_dir, choice)
+    scores, named = arms_reward(run_dir, [("baseline", 0), ("grpo", 0)])
+    texts = pairs["tweet"].tolist()[:20], pairs["reply"].tolist()[:20]
+    assert named == its_name and (scores(*texts) == trained(*texts)).all()
+    assert (trained(*texts) != training_reward(run_dir)[0](*texts)).any()  # and the second value is another reward
+
+
+def test_loading_and_instruction_of_a_run_come_from_its_policy():
+    facts = {"name": "x", "quantization": "4bit", "attention": "sdpa", "revision": "v1", "instruction": "Be kind."}
+    assert loading_options(facts) == {"quantization": "4bit", "attention": "sdpa", "revision": "v1"}
+    assert instruction_of(facts) == "Be kind."
+
+
+def test_a_revision_reaches_transformers(monkeypatch):
+    assert sampling.loading_settings(revision="v1")["revision"] == "v1"
+    heard = []
+    monkeypatch.setattr(sampling.AutoTokenizer, "from_pretrained",
+                        lambda *_, **named: heard.append(named) or (_ for _ in ()).throw(OSError("enough")))
+    with pytest.raises(OSError):
+        sampling.load_policy("x", revision="v1")
+    assert heard[0]["revision"] == "v1"
+
+
+# ---- names and presets
+
+def test_a_name_that_is_not_one_thing_is_refused_with_the_dotted_forms():
+    several = {}
+    for stage in STAGES:
+        for name in user_parameters(stage):
+            several.setdefault(name, []).append(stage)
+    for name, stages in several.items():
+        if len(stages) > 1 and name not in SHARED:
+            with pytest.raises(ValueError, match=f"-p {stages[0]}.{name}=... or -p {stages[1]}.{name}="):
+                stages_of(name)
+        else:
+            assert stages_of(name) == stages
+    assert {"batch_size", "temperature"} <= {name for name, stages in several.items() if len(stages) > 1}
+
+
+def test_a_preset_says_only_what_differs():
+    """As a copy of `gpu` this preset had lost settings."""
+    gpu, vllm = resolve_config(load_preset("gpu")), resolve_config(load_preset("gpu-vllm"))
+    for arm, given in vllm["stages"]["train"].items():
+        differs = {name for name, value in given.items() if gpu["stages"]["train"][arm][name] != value}
+        assert differs == {"generation_engine"}
+    assert {stage: v for stage, v in vllm["stages"].items() if stage != "train"} == {
+        stage: v for stage, v in gpu["stages"].items() if stage != "train"}
+
+
+def test_a_preset_of_ones_own_by_its_path(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: smoke\ntrain: {grpo: {max_steps: 7}}\n")
+    done = subprocess.run([sys.executable, "-m", "grpo_engage", "check", "--preset", str(tmp_path / "mine.yaml")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "is valid" in done.stdout, done.stderr
+    assert resolve_config(load_preset(str(tmp_path / "mine.yaml")))["stages"]["train"]["grpo"]["max_steps"] == 7
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["-p", "max_steps", "three"], "must be of type int"), (["-p", "num_generations", "1"], "outside [2..256]"),
+    (["-p", "advantage", "gruop"], "did you mean 'group'?")])
+def test_plain_papermill_refuses_what_check_refuses(words, message, tmp_path):
+    (tmp_path / "data").mkdir()
+    done = subprocess.run([sys.executable, "-m", "papermill", str(notebook_of("train")), str(tmp_path / "out.ipynb"),
+                           "--cwd", str(notebook_of("train").parent), "-p", "run_dir", str(tmp_path), *words],
+                          capture_output=True, text=True)
+    assert done.returncode and message in done.stderr, done.stderr[-2000:]
+
+
+def test_the_manifest_records_what_the_settings_are(tmp_path):
+    data_stage(tmp_path, DataSettings(n_conversations=30, seed=4))
+    recorded = json.loads((tmp_path / "data" / "manifest.json").read_text())["parameters"]
+    assert recorded == DataSettings(n_conversations=30, seed=4).recorded()
+    assert not GRAPH_PARAMETERS & recorded.keys()
