@@ -129,6 +129,7 @@ def test_every_field_is_read_by_some_consumer(stage):
 
 TRAINED = {  # parameter -> what the trainer has of it, given the second value
     "max_steps": lambda t: t.args.max_steps, "save_steps": lambda t: t.args.save_steps,
+    "warmup_steps": lambda t: t.args.warmup_steps,
     "gradient_checkpointing": lambda t: t.args.gradient_checkpointing,
     "max_new_tokens": lambda t: t.max_completion_length, "temperature": lambda t: t.temperature,
     "num_generations": lambda t: t.num_generations, "advantage": lambda t: t.advantage, "max_k": lambda t: t.max_k,

@@ -80,7 +80,8 @@ def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, see
     return GRPOConfig(
         output_dir=str(Path(folder) / "checkpoints"), seed=seed,
         max_steps=optimiser.max_steps, learning_rate=settings.learning_rate(objective),
-        lr_scheduler_type="constant" if objective.beta else "linear",
+        lr_scheduler_type="constant_with_warmup" if objective.beta and optimiser.warmup_steps else
+        "constant" if objective.beta else "linear", warmup_steps=optimiser.warmup_steps,
         per_device_train_batch_size=micro, gradient_accumulation_steps=share // micro,
         gradient_checkpointing=optimiser.gradient_checkpointing, weight_decay=0.0, max_grad_norm=1.0,
         num_generations=sampling.num_generations if generates else share * world_size(),

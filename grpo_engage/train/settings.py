@@ -75,6 +75,7 @@ class Optimiser(Settings):
     learning_rate_supervised: float = setting(1e-3, "arms without reward; nano 1e-3, a 135 M model 2e-4", low=1e-8,
                                               high=1)
     learning_rate_policy: float = setting(5e-4, "arms with reward; nano 5e-4, a 135 M model 1e-5", low=1e-8, high=1)
+    warmup_steps: int = setting(0, "steps over which the learning rate rises to its value", low=0, high=1000000)
     batch_size: int = setting(16, "references in a step of an arm that generates nothing", low=2, high=4096)
     micro_batch_size: int = setting(64, "replies per forward and backward pass, what fits into memory", low=1,
                                     high=4096)
