@@ -9,7 +9,7 @@ from test_grpo_trainer import KillAfter, Killed, brevity
 from training import make_trainer, train_arm
 
 from grpo_engage.base.core import file_sha256, write_json, write_parquet
-from grpo_engage.base.settings import described
+from grpo_engage.base.settings import default_of, described
 from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.run.settings import load_preset, resolve_config, user_parameters
 from grpo_engage.train import hybrid
@@ -42,11 +42,11 @@ class Caught(Exception):
 @pytest.fixture
 def stage(run_dir, monkeypatch):
     """`train_stage` up to the moment when training would start: the arguments that `train_arm` gets."""
-    def catch(base, examples, folder, **settings):
-        raise Caught({"examples": examples, "folder": folder, **settings})
+    def catch(base, examples, folder, settings, **others):
+        raise Caught({"examples": examples, "folder": folder, "settings": settings, **others})
 
     monkeypatch.setattr(hybrid, "train_arm", catch)
-    monkeypatch.setattr(hybrid, "_heldout_nll", lambda *_: 1.0)
+    monkeypatch.setattr(hybrid, "heldout_nll", lambda *_: 1.0)
 
     def call(**settings):
         with pytest.raises(Caught) as caught:
@@ -71,7 +71,7 @@ def test_disjoint_phases_share_no_conversation_and_leave_none_out(stage):
 
 
 def test_an_unknown_phase_split_is_refused(run_dir):
-    with pytest.raises(ValueError, match="phase_split must be same or disjoint, got 'both'"):
+    with pytest.raises(ValueError, match="'phase_split' = 'both' is not one of same, disjoint"):
         hybrid.train_stage(run_dir, phase_split="both")
 
 
@@ -167,7 +167,7 @@ def test_every_hyperparameter_of_the_strategy_is_documented_with_its_range():
         facts = parameter.metadata
         assert facts["choices"] or parameter.type is bool or facts["high"] < np.inf, name
         assert len(described(parameter).split()) > 3, name
-        assert default is None or parameter.default == default, name
+        assert default is None or default_of(parameter) == default, name
 
 
 def test_presets_follow_the_strategy_where_the_model_is_large():
@@ -183,7 +183,7 @@ def test_presets_follow_the_strategy_where_the_model_is_large():
 
 
 def test_a_kill_between_training_and_the_end_of_its_stage(run_dir, tmp_path, monkeypatch, capsys):
-    """Snakemake then removes the adapter of the unfinished stage; what was trained is not trained again."""
+    """The adapter of an unfinished stage is removed then; what was trained is not trained again."""
     def stage(run, **more):
         shutil.copytree(run_dir, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("train"))  # needs no arm before
         hybrid.train_stage(run, arm="polychromic", reward="heuristic", report_to="none", max_steps=3, posts_per_step=2,

@@ -641,10 +641,3 @@ def test_stage_errors(tmp_path):
         data_stage(tmp_path / "w", source="file", data_path=str(tmp_path / "none.jsonl"))
     with pytest.raises(FileNotFoundError, match="run the data stage first"):
         load_pairs(tmp_path / "nothing")
-
-
-def test_demo_keeps_what_is_there(tmp_path):
-    data.demo(tmp_path)
-    stamp = (tmp_path / "data/pairs.parquet").stat().st_mtime_ns
-    data.demo(tmp_path)
-    assert (tmp_path / "data/pairs.parquet").stat().st_mtime_ns == stamp

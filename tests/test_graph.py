@@ -246,7 +246,7 @@ def test_another_clone_of_the_same_commit_changes_nothing(place, tmp_path):
 @pytest.mark.parametrize(("name", "old", "new"), [
     ("grpo_engage/base/core.py", "def child_seed", "# a comment\n\n\ndef child_seed"),
     ("grpo_engage/base/core.py", "A 32-bit seed for the random stream", "Thirty-two bits for the stream"),
-    ("grpo_engage/rewards/reward_model.py", "def demo(", "def demo(unused=None, *,"),
+    ("grpo_engage/run/demonstration.py", "BEFORE = {", "AFTER = {}\nBEFORE = {"),
     ("grpo_engage/judges/browser.py", "import ", "import abc\nimport "),
     ("nbs/judges/05_browser.ipynb", '"execution_count": null', '"execution_count": 7'),
     ("nbs/01_data.ipynb", '"metadata": {},\n   "outputs"', '"metadata": {"collapsed": true},\n   "outputs"'),
@@ -379,7 +379,8 @@ def test_nano_is_keyed_by_the_code_that_builds_it(place):
             ("data/grammar.py", "0.14, 0.08, 0.3, 0.62", "0.14, 0.08, 0.4, 0.62", True),
             ("policy/base_models.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.99)", True),
             ("policy/base_models.py", "optimizer.step()", "optimizer.step()  # a step", False),
-            ("base/core.py", "#999999", "#998877", False)]:
+            ("base/core.py", "every_seconds: float = 30.0", "every_seconds: float = 60.0", True),
+            ("base/plots.py", "#999999", "#998877", False)]:
         with edited(place.tree / "grpo_engage" / name, old, new):
             assert (code() != before) is counts, (name, old)
 

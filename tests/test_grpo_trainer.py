@@ -181,7 +181,7 @@ def test_bad_sizes_are_refused(base, pairs, tmp_path):
     options = dict(max_steps=1, learning_rate=1e-3)
     with pytest.raises(ValueError, match="different posts"):
         make_grpo_trainer(base, ["one", "one"], brevity, tmp_path, posts_per_step=2, **options)
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="'num_generations' = 1 is outside"):
         make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, num_generations=1, **options)
     with pytest.raises(ValueError, match="report_to"):
         make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, report_to="mlflow", **options)

@@ -169,7 +169,7 @@ def test_heldout_conversations_are_whole():
 
 
 def test_stage_records_the_model_and_notices_another(tmp_path, monkeypatch):
-    data.demo(tmp_path)
+    data.data_stage(tmp_path)
     samples = policy.policy_stage(tmp_path, sample_posts=2, samples_per_post=3)
     assert len(samples) == 6 and (tmp_path / "policy" / "samples.csv").exists()
     facts = read_json(tmp_path / "policy" / "policy.json")

@@ -20,7 +20,7 @@ def settings(options):
     if callable(options.get("diversity_metric")):
         options["set_function"] = options.pop("diversity_metric")
     named = {name: options.pop(name) for name in list(options) if name in TrainSettings.leaves() and name not in (
-        "seed", "reward", "keep_checkpoints")}
+        "seed", "reward", "warm_start", "keep_checkpoints")}
     return TrainSettings.make(**named), options
 
 

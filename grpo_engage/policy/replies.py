@@ -40,7 +40,8 @@ def read_policy(run_dir: Path) -> Path | str:
     place = ensure_policy(facts["name"])
     if facts["sha256"] and (found := file_sha256(Path(place) / "model.safetensors")) != facts["sha256"]:
         raise ValueError(f"{place} is not the base model of this run (weights {found[:12]}, recorded "
-                         f"{facts['sha256'][:12]}); run the stage policy again")
+                         f"{facts['sha256'][:12]}): bring the models of the machine that made it, or delete policy/ of "
+                         "the run and run it again")
     return place
 
 

@@ -74,7 +74,7 @@ def sampling_engine(sampling: Sampling) -> dict[str, object]:
 def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, seed: int) -> GRPOConfig:
     """TRL's settings for training `objective` by `settings`, with checkpoints below `folder`."""
     optimiser, sampling, credit = settings.optimiser, settings.sampling, settings.credit
-    generates, share = bool(objective.beta or objective.lam), settings.share(objective)
+    generates, share = bool(objective.beta or objective.lam), settings.share(objective, world_size())
     micro = micro_batch(share, optimiser)
     device, dtype = device_and_dtype()
     return GRPOConfig(
@@ -123,7 +123,7 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
     """The trainer of `train_arm`, not yet run; see there."""
     quiet_libraries()
     objective = objective or settings.objective()
-    check_training(settings, objective)
+    check_training(settings, objective, world_size())
     arguments = grpo_config(settings, objective, folder, settings.seed if seed is None else seed)
     loading = Loading.make(**loading or {}).flat()
     if warm_start is None:

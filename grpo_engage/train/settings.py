@@ -147,21 +147,21 @@ class TrainSettings(Settings):
         """The step size for `objective`: with a reward another one than without."""
         return self.optimiser.learning_rate_policy if objective.beta else self.optimiser.learning_rate_supervised
 
-    def share(self, objective: Arm) -> int:
-        """Replies (or references) of a step that each process gets; see `process_share`."""
+    def share(self, objective: Arm, n_processes: int = 0) -> int:
+        """Replies (or references) of a step that each of `n_processes` (0: the settings') gets; see `process_share`."""
         return process_share(objective, batch_size=self.optimiser.batch_size,
                              posts_per_step=self.sampling.posts_per_step,
                              num_generations=self.sampling.num_generations,
                              gradient_accumulation=self.optimiser.gradient_accumulation,
-                             n_processes=self.processes.n_processes)
+                             n_processes=n_processes or self.processes.n_processes)
 
     def check(self) -> None:
         check_training(self, self.objective())
 
 
-def check_training(settings: TrainSettings, objective: Arm) -> None:
-    """Raise ValueError, with the parameters named, where `settings` cannot train `objective`."""
-    settings.share(objective)
+def check_training(settings: TrainSettings, objective: Arm, n_processes: int = 0) -> None:
+    """Raise ValueError, with the parameters named, where `settings` cannot train `objective` in `n_processes`."""
+    settings.share(objective, n_processes)
     if not (objective.beta or objective.lam):
         return
     credit, k = settings.credit, settings.sampling.num_generations
