@@ -161,7 +161,7 @@ STRATEGY = {
 
 
 def test_every_hyperparameter_of_the_strategy_is_documented_with_its_range():
-    known = user_parameters("train") | user_parameters("policy")
+    known = user_parameters("policy") | user_parameters("train")
     for name, default in (STRATEGY | {"attention": "auto", "quantization": "none"}).items():
         parameter = known[name]
         facts = parameter.metadata

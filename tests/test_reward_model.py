@@ -43,7 +43,7 @@ from grpo_engage.rewards.validation import (
 )
 from grpo_engage.stats.intervals import seed_interval
 from grpo_engage.text import embedding as embedding_module
-from grpo_engage.text.embedding import EMBEDDING_SIZE, HashingBackbone, embed, text_features
+from grpo_engage.text.embedding import EMBEDDING_SIZE, HashingBackbone, _ngram_counts, _tf_idf, embed, text_features
 from grpo_engage.train.causal_reward import preference_dataset
 
 TINY = {"size": 12, "buckets": 2**10}
@@ -122,7 +122,7 @@ def test_a_tampered_embedder_is_refused(tmp_path, monkeypatch):
 def test_hashing_backbone_spans_the_same_space_as_a_full_svd():
     texts = make_pairs(10)[0].reply.tolist()
     backbone = HashingBackbone(size=6, buckets=2**9).fit(texts, seed=0)
-    table = backbone._weighted(sorted(set(texts))).toarray()
+    table = _tf_idf(_ngram_counts(sorted(set(texts)), 2**9))[0].toarray()
     exact = np.linalg.svd(table, full_matrices=False)[2][:6]
     np.testing.assert_allclose(np.linalg.svd(exact @ backbone.components.T)[1], 1, atol=0.05)
     np.testing.assert_allclose(np.linalg.norm(backbone.encode(texts), axis=1), 1, atol=1e-5)
