@@ -549,18 +549,6 @@ def test_copied_replies_across_splits_only():
     assert splitting.near_copies(frame[:0]).empty
 
 
-def test_within_post_pairs_by_brute_force(pairs):
-    expected = sum(
-        int(a != b) for _, likes in pairs.dropna().groupby("conversation_id").reply_likes
-        for a, b in itertools.combinations(likes, 2)
-    )  # fmt: skip
-    assert data.require_within_post_pairs(pairs) == expected
-    single = pairs.drop_duplicates("conversation_id")
-    for none in (single, pairs.assign(reply_likes=0.0), pairs.assign(reply_likes=np.nan), pairs[:0]):
-        with pytest.raises(ValueError, match="reward model compares two replies to the same post"):
-            data.require_within_post_pairs(none, needed_by="the reward model")
-
-
 def test_sample_is_whole_conversations(pairs):
     full = pairs.groupby("conversation_id").size()
     some = data.sample_conversations(pairs, 3, max_conversations=50, min_replies_per_post=4)
