@@ -6,14 +6,13 @@
 __all__ = ['tau_sensitivity', 'plot_tau_sensitivity', 'plot_forest']
 
 # %% ../../nbs/evaluation/06_curves.ipynb #c002
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base.plots import ARM_COLOURS
+from ..base.plots import arm_line, arm_point
 from .scoring import allowed
 from ..text.metrics import pass_at_k
 
@@ -39,8 +38,8 @@ def plot_tau_sensitivity(curve: pd.DataFrame, tau: float, k: int = 10) -> Figure
     """Every arm's Pass@k over the pass mark; the frozen mark `tau` as a vertical line. `curve`: `tau_sensitivity`."""
     figure = Figure(figsize=(4.6, 3.2))
     axes = figure.subplots()
-    for (arm, group), line in zip(curve.groupby("arm", sort=True), itertools.cycle(["-", "--", "-.", ":"])):
-        axes.plot(group["tau"], group["value"], line, label=arm, color=ARM_COLOURS.get(arm))
+    for arm, group in curve.groupby("arm", sort=True):
+        axes.plot(group["tau"], group["value"], label=arm, **arm_line(arm))
     axes.axvline(tau, color="0.5", lw=0.8)
     axes.annotate(f"frozen mark {tau:.2f}", (tau, 1.01), xycoords=("data", "axes fraction"), ha="center", fontsize=8)
     axes.set(xlabel="pass mark, P(beats a real reply)", ylabel=f"Pass@{k}", ylim=(-0.02, 1.02), xlim=(0, 1))
@@ -61,16 +60,16 @@ def plot_forest(comparisons: pd.DataFrame, metrics: Sequence[str] = ("pass@1", "
     axes = figure.subplots()
     ticks = {}
     for row, metric in enumerate(metrics):
-        for step, (arm, marker) in enumerate(zip(arms, itertools.cycle("osD^vP"))):
+        for step, arm in enumerate(arms):
             found = chosen[(chosen["metric"] == metric) & (chosen["arm"] == arm)]
             height = -row - 0.7 * (step + 0.5) / len(arms) + 0.35
             for line in found.itertuples():
                 known = np.isfinite([line.low, line.high]).all()
-                colour = ARM_COLOURS.get(arm, "0.3")
-                axes.plot(line.difference, height, marker, color=colour, markersize=5,
-                          markerfacecolor=colour if known else "none", label=arm if row == 0 else None)
+                look = arm_point(arm)
+                axes.plot(line.difference, height, markersize=5, label=arm if row == 0 else None,
+                          markerfacecolor=look["color"] if known else "none", **look)
                 if known:
-                    axes.plot([line.low, line.high], [height, height], color=colour, lw=1.2)
+                    axes.plot([line.low, line.high], [height, height], color=look["color"], lw=1.2)
         ticks[-row] = metric
     axes.axvline(0, color="0.5", lw=0.8, zorder=0)
     axes.set_yticks(list(ticks), list(ticks.values()))

@@ -5,18 +5,17 @@
 # %% auto #0
 __all__ = ['METRIC_LABELS', 'MORE_LABELS', 'RIVAL_METRICS', 'number', 'with_interval', 'latex_table', 'unvalidated',
            'mark_unvalidated', 'metric_label', 'results_table', 'warned', 'rivals_table', 'comparisons_table',
-           'data_table', 'rewards_table', 'policy_weights', 'provenance_table', 'arm_colour', 'training_figure',
-           'pass_figure', 'margins_figure']
+           'data_table', 'rewards_table', 'policy_weights', 'provenance_table', 'training_figure', 'pass_figure',
+           'margins_figure']
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c002
 import math
-from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base.core import SPLITS
-from ..base.plots import ARM_COLOURS, style
+from ..base.plots import arm_line, arm_style, style
 from ..data.pairs import PHEME_REFERENCE
 from .pdf import escape_latex
 from grpo_engage.paper.results import (
@@ -207,18 +206,13 @@ def provenance_table(run: Run, preset: str) -> str:
     return latex_table(table, r"lp{0.72\linewidth}")
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c016
-def arm_colour(arm: str, arms: Sequence[str]) -> str:
-    """The arm's colour in every figure: its own, or for an arm without one a colour of the palette by its place."""
-    return ARM_COLOURS.get(arm) or f"C{list(arms).index(arm)}"
-
-
-def _by_seed(axes, logs: pd.DataFrame, column: str, colour: str, label: str) -> None:
+def _by_seed(axes, logs: pd.DataFrame, column: str, arm: str) -> None:
     """Thin lines for the seeds, a thick one for their mean."""
     known = logs.dropna(subset=[column])
     for _, one in known.groupby("seed"):
-        axes.plot(one["step"], one[column], color=colour, alpha=0.35, linewidth=0.8)
+        axes.plot(one["step"], one[column], alpha=0.35, linewidth=0.8, **arm_line(arm))
     mean = known.groupby("step")[column].mean()
-    axes.plot(mean.index, mean, color=colour, linewidth=1.8, label=label)
+    axes.plot(mean.index, mean, linewidth=1.8, label=arm, **arm_line(arm))
 
 
 def training_figure(run: Run) -> Figure:
@@ -234,7 +228,7 @@ def training_figure(run: Run) -> Figure:
     for axes, (arm, what) in zip(grid, panels, strict=False):
         for shown in [arm] if arm else rewarded:
             logs = run.logs[run.logs["arm"] == shown]
-            _by_seed(axes, logs, what, arm_colour(shown, run.arms), shown)
+            _by_seed(axes, logs, what, shown)
         axes.set(xlabel="step", ylabel=what if arm else "training reward", title=arm or "reward")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if not arm and len(rewarded) > 1:
@@ -252,9 +246,9 @@ def pass_figure(run: Run) -> Figure:
     arms = list(dict.fromkeys(run.curves["arm"]))
     for arm in arms:
         curve = run.curves[run.curves["arm"] == arm].sort_values("k")
-        colour = arm_colour(arm, arms)
-        axes.plot(curve["k"], curve["value"], color=colour, marker="o", markersize=2.5, label=arm)
-        axes.fill_between(curve["k"], curve["ci_low"], curve["ci_high"], color=colour, alpha=0.15, linewidth=0)
+        axes.plot(curve["k"], curve["value"], markersize=2.5, label=arm, **arm_style(arm))
+        axes.fill_between(curve["k"], curve["ci_low"], curve["ci_high"], alpha=0.15, linewidth=0,
+                          color=arm_style(arm)["color"])
     axes.set(xlabel="k (replies per post)", ylabel="Pass@k", ylim=(0, 1.02))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy.stats import kendalltau, theilslopes
 
 from ..base.core import child_seed, read_json, stage_manifest, write_json
-from ..base.plots import ARM_COLOURS, savefig, style
+from ..base.plots import arm_line, savefig, style
 from ..data.pairs import load_pairs
 from ..policy.replies import instruction_of, loading_options, read_policy
 from ..policy.sampling import load_adapted, load_policy, reply_nll
@@ -84,9 +84,9 @@ def curves_figure(log: pd.DataFrame, arm: str) -> Figure:
     panels = [(column, label) for column, label in panels if column in log and log[column].notna().any()]
     figure = Figure(figsize=(2.5 * len(panels), 2.2), layout="constrained")
     for axes, (column, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        axes.plot(log["step"], log[column], color=ARM_COLOURS[arm], alpha=0.35, linewidth=1)
+        axes.plot(log["step"], log[column], alpha=0.35, linewidth=1, **arm_line(arm))
         smooth = log[column].rolling(max(len(log) // 8, 1), center=True, min_periods=1).mean()
-        axes.plot(log["step"], smooth, color=ARM_COLOURS[arm], linewidth=2)
+        axes.plot(log["step"], smooth, linewidth=2, **arm_line(arm))
         axes.set(xlabel="step", ylabel=label)
     return figure
 
