@@ -31,11 +31,10 @@ def make_run(run_dir: Path, arms=("baseline", "grpo"), seeds=(0,), policy="nano"
     pairs = pd.DataFrame({"conversation_id": np.repeat([f"c{i}" for i in range(50)], 4), "source": source,
                           "split": np.repeat(["policy", "reward", "judge", "validation", "test"], 40),
                           "reply_likes": rng.negative_binomial(0.3, 0.2, 200).astype(float)})
+    pairs = pairs.assign(reply_time_diff_seconds=rng.lognormal(7, 1, 200),
+                         reply_author_followers=rng.lognormal(6, 2, 200).round())
     write_parquet(run_dir / "data" / "pairs.parquet", pairs)
     write_csv(run_dir / "data" / "rejected.csv", pd.DataFrame({"row": [7], "reason": ["empty"], "excerpt": ["x"]}))
-    write_csv(run_dir / "data" / "margins.csv", pd.DataFrame(
-        [{"dataset": "simulator", "quantity": quantity, "n": 200, "share_null": 0.0, "share_zero": 0.7, "median": 0.0,
-          "p90": 2.0, "p99": 9.0, "max": 50.0} for quantity in ("reply_likes", "reply_retweets")]))
     for stage in ("heuristic_reward", "reward_model"):
         write_json(run_dir / stage / "validation.json", VALIDATION[stage])
     write_json(run_dir / "policy" / "policy.json", {"name": policy, "n_parameters": 1_100_000, "dtype": "float32",
@@ -189,9 +188,9 @@ def test_strangers_text_stays_text(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path):
     run_dir = make_run(tmp_path / "smoke")
-    (run_dir / "data" / "margins.csv").unlink()
+    (run_dir / "data" / "rejected.csv").unlink()
     (run_dir / "train" / "grpo" / "seed0" / "train_log.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"data/margins.csv, train/grpo/seed0/train_log.csv"):
+    with pytest.raises(FileNotFoundError, match=r"data/rejected.csv, train/grpo/seed0/train_log.csv"):
         stage(run_dir)
     assert read_json(run_dir / "paper" / "manifest.json")["status"] == "failed"
 
