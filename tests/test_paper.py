@@ -31,11 +31,10 @@ def make_run(run_dir: Path, arms=("baseline", "grpo"), seeds=(0,), policy="nano"
     pairs = pd.DataFrame({"conversation_id": np.repeat([f"c{i}" for i in range(50)], 4), "source": source,
                           "split": np.repeat(["policy", "reward", "judge", "validation", "test"], 40),
                           "reply_likes": rng.negative_binomial(0.3, 0.2, 200).astype(float)})
+    pairs = pairs.assign(reply_time_diff_seconds=rng.lognormal(7, 1, 200),
+                         reply_author_followers=rng.lognormal(6, 2, 200).round())
     write_parquet(run_dir / "data" / "pairs.parquet", pairs)
     write_csv(run_dir / "data" / "rejected.csv", pd.DataFrame({"row": [7], "reason": ["empty"], "excerpt": ["x"]}))
-    write_csv(run_dir / "data" / "margins.csv", pd.DataFrame(
-        [{"dataset": "simulator", "quantity": quantity, "n": 200, "share_null": 0.0, "share_zero": 0.7, "median": 0.0,
-          "p90": 2.0, "p99": 9.0, "max": 50.0} for quantity in ("reply_likes", "reply_retweets")]))
     for stage in ("heuristic_reward", "reward_model"):
         write_json(run_dir / stage / "validation.json", VALIDATION[stage])
     write_json(run_dir / "policy" / "policy.json", {"name": policy, "n_parameters": 1_100_000, "dtype": "float32",
@@ -152,6 +151,40 @@ def test_no_result_is_typed_into_the_source(smoke):
     assert undefined_macros(SOURCE.read_text(), (smoke / "paper" / "macros.tex").read_text()) == []
 
 
+def captions_of_figures(source: str) -> dict[str, str]:
+    """Each figure file that `source` (LaTeX) includes -> the caption of the environment that it stands in."""
+    found = {}
+    for body in re.findall(r"(?s)\\begin\{figure\}.*?\\end\{figure\}", source):
+        caption = re.search(r"(?s)\\caption\{(.*)\}\\label", body)
+        for name in re.findall(r"\\includegraphics(?:\[[^]]*\])?\{figures/(\w+)\.pdf\}", body):
+            found[name] = caption.group(1) if caption else ""
+    return found
+
+
+# What both the notebook and the paper call to draw the figure.
+DRAWN_BY = {"data_margins": "draw_margins", "training_curves": "curves_figure", "pass_at_k": "plot_pass_curves"}
+
+
+def test_every_caption_names_the_notebook_that_makes_the_figure(smoke):
+    source, macros = SOURCE.read_text(), read_macros(smoke)
+    captions = captions_of_figures(source)
+    assert len(captions) == source.count(r"\includegraphics") and set(captions) == set(paper.FIGURES) == set(DRAWN_BY)
+    for name, caption in captions.items():
+        quoted = re.search(r"\(\\(Notebook[A-Za-z]+)\)\.$", caption)
+        assert quoted, f"the caption of {name} does not end with the macro of its notebook: {caption}"
+        notebook = re.fullmatch(r"notebook \\texttt\{(.+)\}", macros[quoted.group(1)]).group(1).replace("\\", "")
+        assert notebook == paper.FIGURES[name][1], f"the caption of {name} names the notebook of another figure"
+        made = json.loads((SOURCE.parents[1] / "nbs" / f"{notebook}.ipynb").read_text(encoding="utf-8"))
+        code = "".join("".join(cell["source"]) for cell in made["cells"] if cell["cell_type"] == "code")
+        assert f"{DRAWN_BY[name]}(" in code, f"{notebook} does not draw {name}"
+
+
+def test_a_caption_without_its_notebook_would_be_seen():
+    figure = r"\begin{figure}\includegraphics[width=1cm]{figures/x.pdf}\caption{A (b\n).}\label{x}\end{figure}"
+    assert captions_of_figures(figure) == {"x": r"A (b\n)."}
+    assert captions_of_figures(figure.replace("caption", "footnote")) == {"x": ""}
+
+
 def test_smoke_says_so_on_its_first_page(smoke):
     assert banner_pages(smoke / "paper") == [1]
     assert "SMOKE RUN" in (smoke / "paper" / "main.typ").read_text()
@@ -189,9 +222,9 @@ def test_strangers_text_stays_text(tmp_path):
 
 def test_what_is_missing_is_named(tmp_path):
     run_dir = make_run(tmp_path / "smoke")
-    (run_dir / "data" / "margins.csv").unlink()
+    (run_dir / "data" / "rejected.csv").unlink()
     (run_dir / "train" / "grpo" / "seed0" / "train_log.csv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"data/margins.csv, train/grpo/seed0/train_log.csv"):
+    with pytest.raises(FileNotFoundError, match=r"data/rejected.csv, train/grpo/seed0/train_log.csv"):
         stage(run_dir)
     assert read_json(run_dir / "paper" / "manifest.json")["status"] == "failed"
 

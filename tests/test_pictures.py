@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from grpo_engage.evaluation.curves import plot_forest, plot_tau_sensitivity, tau_sensitivity
+from grpo_engage.evaluation.pictures import plot_forest, plot_tau_sensitivity, tau_sensitivity
 from grpo_engage.evaluation.scoring import BLOCKING_GUARDS
 
 

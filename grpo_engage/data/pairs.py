@@ -89,7 +89,7 @@ def draw_margins(tables: Mapping[str, pd.DataFrame]):
         likes.axvline(PHEME_REFERENCE[name], color="0.4", linestyle="--", linewidth=0.8)
         likes.annotate(f"{name} {PHEME_REFERENCE[name]:g}", (PHEME_REFERENCE[name], 0.02), rotation=90, fontsize=7,
                        xycoords=("data", "axes fraction"), ha="right", va="bottom", color="0.3")  # fmt: skip
-    likes.legend(loc="upper right", bbox_to_anchor=(1, 0.8))
+    figure.legend(*likes.get_legend_handles_labels(), loc="outside upper center", ncols=len(tables))
     _draw_survival(sizes, {name: pairs.groupby("conversation_id").size() for name, pairs in tables.items()},
                    "replies of a post")  # fmt: skip
     _draw_survival(delay, {name: pairs.reply_time_diff_seconds for name, pairs in tables.items()}, "delay (seconds)")

@@ -14,8 +14,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from ..base.plots import arm_style
 from ..data.gold import gold_appeal
-from .pictures import arm_looks
 from ..policy.sampling import clean_text
 from ..train.watching import model_judge
 
@@ -71,16 +71,15 @@ def plot_training_path(path: pd.DataFrame) -> Figure:
     seeds."""
     scores = [name for name in ("gold", "judge", "training reward") if name in set(path["score"])]
     figure = Figure(figsize=(0.9 + 2.5 * len(scores), 2.5), layout="constrained")
-    looks = arm_looks(path["arm"].unique())
     pooled = path.groupby(["score", "arm", "step"])[["kl", "mean", "se"]].mean()
     grid = figure.subplots(1, len(scores), squeeze=False)[0]
     for axes, score in zip(grid, scores, strict=True):
         for arm, line in pooled.loc[score].groupby("arm"):
             line = line.assign(distance=np.sqrt(line["kl"].clip(lower=0))).sort_values("step")
             axes.plot(line["distance"], line["mean"], label=arm, markersize=4, markerfacecolor="none", lw=1.2,
-                      **looks[arm])
+                      **arm_style(arm))
             low, high = line["mean"] - line["se"], line["mean"] + line["se"]
-            axes.fill_between(line["distance"], low, high, lw=0, alpha=0.15, color=looks[arm]["color"])
+            axes.fill_between(line["distance"], low, high, lw=0, alpha=0.15, color=arm_style(arm)["color"])
         axes.set(ylabel=score, xlim=(0, None))
     figure.supxlabel(r"$\sqrt{\mathrm{KL}}$ from the warm start (nats a reply)", fontsize=8)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")

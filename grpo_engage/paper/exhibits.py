@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['METRIC_LABELS', 'MORE_LABELS', 'RIVAL_METRICS', 'number', 'with_interval', 'latex_table', 'unvalidated',
            'mark_unvalidated', 'metric_label', 'results_table', 'warned', 'rivals_table', 'comparisons_table',
-           'data_table', 'rewards_table', 'policy_weights', 'provenance_table', 'arm_colour', 'training_figure',
-           'pass_figure', 'margins_figure']
+           'data_table', 'rewards_table', 'policy_weights', 'provenance_table', 'margins_figure', 'training_figure',
+           'pass_figure']
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c002
 import math
-from collections.abc import Sequence
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base.core import SPLITS
-from ..base.plots import ARM_COLOURS, style
-from ..data.pairs import PHEME_REFERENCE
+from ..base.plots import style
+from ..data.pairs import draw_margins
+from ..evaluation.pass_curves import plot_pass_curves
 from .pdf import escape_latex
 from grpo_engage.paper.results import (
     Run,
@@ -29,6 +29,7 @@ from grpo_engage.paper.results import (
     stage_seconds,
     training_cost,
 )
+from ..train.training_curves import plot_training
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c005
 def number(value: float | None, digits: int = 3) -> str:
@@ -207,82 +208,22 @@ def provenance_table(run: Run, preset: str) -> str:
     return latex_table(table, r"lp{0.72\linewidth}")
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c016
-def arm_colour(arm: str, arms: Sequence[str]) -> str:
-    """The arm's colour in every figure: its own, or for an arm without one a colour of the palette by its place."""
-    return ARM_COLOURS.get(arm) or f"C{list(arms).index(arm)}"
-
-
-def _by_seed(axes, logs: pd.DataFrame, column: str, colour: str, label: str) -> None:
-    """Thin lines for the seeds, a thick one for their mean."""
-    known = logs.dropna(subset=[column])
-    for _, one in known.groupby("seed"):
-        axes.plot(one["step"], one[column], color=colour, alpha=0.35, linewidth=0.8)
-    mean = known.groupby("step")[column].mean()
-    axes.plot(mean.index, mean, color=colour, linewidth=1.8, label=label)
+def margins_figure(run: Run) -> Figure:
+    """Likes, replies of a post, delays and followers in the run's data, beside PHEME's published marks."""
+    simulated = (run.rows["source"] == "simulator").all()
+    return draw_margins({"simulator" if simulated else "data": run.rows})
 
 
 def training_figure(run: Run) -> Figure:
     """A panel of the loss for each arm (their losses are not comparable), and one of the reward where there is one."""
-    style()
-    known = run.logs.dropna(subset=["reward"]) if "reward" in run.logs else run.logs[:0]
-    rewarded = [arm for arm in run.arms if arm in set(known["arm"])]
-    panels = [(arm, "loss") for arm in run.arms] + ([("", "reward")] if rewarded else [])
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(2.6 * columns, 2.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes, (arm, what) in zip(grid, panels, strict=False):
-        for shown in [arm] if arm else rewarded:
-            logs = run.logs[run.logs["arm"] == shown]
-            _by_seed(axes, logs, what, arm_colour(shown, run.arms), shown)
-        axes.set(xlabel="step", ylabel=what if arm else "training reward", title=arm or "reward")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if not arm and len(rewarded) > 1:
-            axes.legend()
-    for axes in grid[len(panels):]:
-        axes.set_axis_off()
-    return figure
+    rewarded = [arm for arm in run.arms if "reward" in run.logs
+                and run.logs.loc[run.logs["arm"] == arm, "reward"].notna().any()]
+    panels = [("loss", "loss", [arm]) for arm in run.arms] + ([("reward", "training reward", rewarded)]
+                                                              if rewarded else [])
+    return plot_training(run.logs, panels, columns=3)
 
 
 def pass_figure(run: Run) -> Figure:
     """Pass@k against k, a line and a band for each arm."""
     style()
-    figure = Figure(figsize=(3.8, 2.6), layout="constrained")
-    axes = figure.subplots()
-    arms = list(dict.fromkeys(run.curves["arm"]))
-    for arm in arms:
-        curve = run.curves[run.curves["arm"] == arm].sort_values("k")
-        colour = arm_colour(arm, arms)
-        axes.plot(curve["k"], curve["value"], color=colour, marker="o", markersize=2.5, label=arm)
-        axes.fill_between(curve["k"], curve["ci_low"], curve["ci_high"], color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel="k (replies per post)", ylabel="Pass@k", ylim=(0, 1.02))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
-    return figure
-
-
-def margins_figure(run: Run) -> Figure:
-    """Share of zeros, and quantiles of the likes, of each data set in margins.csv beside PHEME's published ones."""
-    style()
-    figure = Figure(figsize=(6.4, 2.5), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.3))
-    counts = {"reply_likes": "likes", "reply_retweets": "retweets"}
-    datasets = list(dict.fromkeys(run.margins["dataset"]))
-    for place, dataset in enumerate(datasets):
-        table = run.margins[run.margins["dataset"] == dataset].set_index("quantity")
-        known = [quantity for quantity in counts if quantity in table.index]
-        shift = (place - (len(datasets) - 1) / 2) * 0.8 / len(datasets)
-        left.bar([list(counts).index(quantity) + shift for quantity in known], table.loc[known, "share_zero"] * 100,
-                 width=0.7 / len(datasets), label=dataset)
-        quantiles = table.loc["reply_likes", ["median", "p90", "p99", "max"]].astype(float)
-        right.plot(range(len(quantiles)), quantiles, marker="o", label=dataset)
-    quantiles = [PHEME_REFERENCE[name] for name in ("median", "p90", "p99", "max")]
-    right.plot(range(4), quantiles, "kx", label="PHEME (published)")
-    left.plot([0], [PHEME_REFERENCE["share_zero"] * 100], "kx")
-    left.set(ylabel="replies with none (%)", ylim=(0, 100))
-    left.set_xticks(range(len(counts)), list(counts.values()))
-    right.set_yscale("symlog", linthresh=1)
-    right.set(ylabel="likes of a reply", ylim=(0, None))
-    right.set_xticks(range(4), ["median", "90th pct.", "99th pct.", "maximum"])
-    right.legend()
-    return figure
+    return plot_pass_curves(run.curves, run.pass_rule["tau"])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS_FOR_A_CLAIM', 'SEEDS_FOR_A_CLAIM_NANO', 'FIGURES', 'is_smoke', 'claim_statement', 'banner', 'result_sentences',
-           'training_sentences', 'metric_macros', 'parameter_macros', 'reward_macros', 'reward_statement', 'run_macros',
-           'macros_text', 'paper_stage']
+           'training_sentences', 'figure_macros', 'metric_macros', 'parameter_macros', 'reward_macros',
+           'reward_statement', 'run_macros', 'macros_text', 'paper_stage']
 
 # %% ../../nbs/09_paper.ipynb #c003
 import math
@@ -115,6 +115,20 @@ def _listing(names: Sequence[str]) -> str:
     words = [rf"\texttt{{{escape_latex(name)}}}" for name in names]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
+# %% ../../nbs/09_paper.ipynb #f002
+# Figure -> the function that draws it of a run, and the notebook that makes it.
+FIGURES = {
+    "data_margins": (margins_figure, "01_data"),
+    "training_curves": (training_figure, "07_hybrid"),
+    "pass_at_k": (pass_figure, "08_evaluation"),
+}
+
+
+def figure_macros() -> dict[str, str]:
+    """`NotebookPassAtK` and its like: the words (LaTeX) by which a caption names the notebook of each of FIGURES."""
+    return {macro_name("notebook", name): rf"notebook \texttt{{{escape_latex(notebook)}}}"
+            for name, (_, notebook) in FIGURES.items()}
+
 # %% ../../nbs/09_paper.ipynb #c013
 def metric_macros(run: Run) -> dict[str, str]:
     """`PassTenBaseline`, `PassTenBaselineLow`, `...High` and so on; NaN is left out, so that quoting it fails."""
@@ -195,7 +209,7 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
     for arm in run.arms:
         time, cost = training_cost(run, arm, usd_per_hour)
         facts |= {macro_name("TrainTime", arm): minutes(time), macro_name("TrainCost", arm): number(cost, 4)}
-    return parameter_macros(run) | metric_macros(run) | reward_macros(run) | facts
+    return parameter_macros(run) | metric_macros(run) | reward_macros(run) | figure_macros() | facts
 
 
 def macros_text(macros: Mapping[str, str]) -> str:
@@ -206,9 +220,6 @@ def macros_text(macros: Mapping[str, str]) -> str:
     return "".join(f"\\newcommand{{\\{name}}}{{{macros[name]}}}\n" for name in sorted(macros))
 
 # %% ../../nbs/09_paper.ipynb #c017
-FIGURES = {"data_margins": margins_figure, "training_curves": training_figure, "pass_at_k": pass_figure}
-
-
 def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes: object) -> dict[str, str]:
     """Write run_dir/paper: figures/*.pdf and *.png, tables/*.tex, macros.tex, main.tex, references.bib and main.pdf.
 
@@ -224,7 +235,7 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
         run = load_run(run_dir, given.arms, given.seeds)
         for name in ("figures", "tables"):
             shutil.rmtree(folder / name, ignore_errors=True)  # another version's may have other names
-        for name, draw in FIGURES.items():
+        for name, (draw, _) in FIGURES.items():
             savefig(draw(run), folder / "figures" / name)
         tables = {"results": results_table(run, usd_per_hour), "rivals": rivals_table(run),
                   "comparisons": comparisons_table(run),

@@ -63,7 +63,7 @@ READS = {
     "best_of_n": [_PAIRS, _POLICY, *_MODELS, "reward_model/validation.json"],
     "train": [_PAIRS, _POLICY, *_MODELS, "reward_model/labels.parquet", "reward_model/validation.json#verdict"],
     "evaluation": [_PAIRS, _POLICY, *_MODELS, "reward_model/labels.parquet", "reward_model/validation.json#verdict"],
-    "paper": [_PAIRS, _POLICY, "data/margins.csv", "data/rejected.csv", "heuristic_reward/validation.json",
+    "paper": [_PAIRS, _POLICY, "data/rejected.csv", "heuristic_reward/validation.json",
               "reward_model/validation.json", "evaluation/pass.json", "evaluation/metrics.csv",
               "evaluation/comparisons.csv", "evaluation/curves.csv",
               *(f"{stage}/manifest.json" for stage in ("data", "heuristic_reward", "reward_model", "policy",

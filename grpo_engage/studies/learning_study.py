@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
 from ..base.core import child_seed, say, write_parquet
-from ..base.plots import style
+from ..base.plots import arm_style, style
 from ..data.gold import gold_appeal
 from ..evaluation.scoring import BLOCKING_GUARDS
 from grpo_engage.policy.sampling import (
@@ -254,19 +254,15 @@ def at_distance(table: pd.DataFrame, distance: float, metric: str) -> pd.DataFra
 def plot_against_kl(means: pd.DataFrame, metrics: Sequence[str] = ("pass@1", "pass@10", "gold", "self_bleu", "rouge_l",
                                                                     "nll")) -> Figure:
     """One panel a metric against √KL from the start; `means`: columns setting, step, kl and metrics (means)."""
-    import seaborn as sns
-
     style()
     figure = Figure(figsize=(10, 2.6 * -(-len(metrics) // 3)), layout="constrained")
     names = list(dict.fromkeys(means["setting"]))
-    colors = dict(zip(names, sns.color_palette("colorblind", len(names)), strict=True))
-    marks = "osD^vP*XdhH8"
     for place, metric in enumerate(metrics):
         axis = figure.add_subplot(-(-len(metrics) // 3), 3, place + 1)
-        for index, name in enumerate(names):
+        for name in names:
             own = means[means["setting"] == name].sort_values("step")
-            axis.plot(np.sqrt(own["kl"].clip(lower=0)), own[metric], marker=marks[index % len(marks)], markersize=4,
-                      linewidth=1.2, color=colors[name], label=name)
+            axis.plot(np.sqrt(own["kl"].clip(lower=0)), own[metric], markersize=4, linewidth=1.2, label=name,
+                      **arm_style(name))
         axis.set_xlabel("√KL from the start (√nats)")
         axis.set_ylabel(metric + (" (lower is better)" if metric in LOWER_IS_BETTER else ""))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

@@ -27,7 +27,7 @@ from transformers.integrations import TensorBoardCallback
 from trl.models import unwrap_model_for_generation
 
 from ..base.core import _atomic_path, child_seed, say, write_csv, write_parquet
-from ..base.plots import ARM_COLOURS, style
+from ..base.plots import arm_style, style
 from ..data.gold import gold_appeal
 from ..policy.sampling import clean_text, generate_replies
 from ..policy.settings import INSTRUCTION
@@ -209,9 +209,9 @@ def watch_figure(table: pd.DataFrame, arm: str) -> Figure:
     figure = Figure(figsize=(5.0, 2.2), layout="constrained")
     names = {"proxy": "training reward", "judge": "judge (not trained on)"}
     for axes, (name, label) in zip(figure.subplots(1, 2), names.items(), strict=True):
-        mean, error = table[f"{name}_reward"], table[f"{name}_se"].fillna(0)
-        axes.fill_between(table["step"], mean - error, mean + error, color=ARM_COLOURS[arm], alpha=0.2, linewidth=0)
-        axes.plot(table["step"], mean, color=ARM_COLOURS[arm], marker="o", markersize=3)
+        look, mean, error = arm_style(arm), table[f"{name}_reward"], table[f"{name}_se"].fillna(0)
+        axes.fill_between(table["step"], mean - error, mean + error, color=look["color"], alpha=0.2, linewidth=0)
+        axes.plot(table["step"], mean, markersize=3, **look)
         axes.set(xlabel="step", ylabel=label)
     return figure
 
