@@ -1,12 +1,18 @@
 """The curve over the pass mark against enumeration; the pictures show the numbers that they were given."""
 
+import ast
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from grpo_engage.evaluation.pictures import plot_forest, plot_tau_sensitivity, tau_sensitivity
+from grpo_engage.base.core import REPO_ROOT
+from grpo_engage.base.plots import arm_style
+from grpo_engage.evaluation.pass_curves import plot_pass_curves
+from grpo_engage.evaluation.pictures import plot_calibration, plot_forest, plot_tau_sensitivity, tau_sensitivity
 from grpo_engage.evaluation.scoring import BLOCKING_GUARDS
 
 
@@ -43,3 +49,43 @@ def test_pictures_hold_the_numbers():
     drawn = [tuple(line.get_xdata()) for line in lines]
     assert (0.05, 0.2) in drawn and (0.2,) in [tuple(x) for x in drawn]
     assert lines[drawn.index((0.2,))].get_markerfacecolor() == "none"  # no interval: hollow
+
+
+ARMS = ["base", "baseline", "baseline_T0.7", "best_of_n", "grpo", "real", "their system"]
+
+
+def test_an_arm_has_one_look_in_every_picture():
+    curves = pd.concat([pd.DataFrame({"arm": arm, "k": range(1, 6), "value": 0.3, "ci_low": 0.2, "ci_high": 0.4})
+                        for arm in ARMS])
+    marks = pd.DataFrame([(arm, tau, 0.5) for arm in ARMS for tau in (0.2, 0.8)], columns=["arm", "tau", "value"])
+    differences = pd.DataFrame([(arm, "pass@1", 0.1, 0.0, 0.2) for arm in ARMS],
+                               columns=["arm", "metric", "difference", "low", "high"])
+    rng = np.random.default_rng(0)
+    replies = pd.concat([pd.DataFrame(rng.random((20, 3)), columns=["judge", "reward", "second_judge"]).assign(arm=arm)
+                         for arm in ARMS])
+    drawn = {"pass": plot_pass_curves(curves, 0.5), "tau": plot_tau_sensitivity(marks, 0.5),
+             "forest": plot_forest(differences, ["pass@1"]), "calibration": plot_calibration(replies)}
+    for name, figure in drawn.items():
+        lines = {line.get_label(): line for line in figure.axes[0].lines}
+        for arm in set(ARMS) & set(lines):
+            look = arm_style(arm)
+            assert lines[arm].get_color() == look["color"], (name, arm)
+            assert name == "tau" or lines[arm].get_marker() == look["marker"], (name, arm)
+            assert name == "forest" or lines[arm].get_linestyle() == look["linestyle"], (name, arm)
+        assert len(set(ARMS) & set(lines)) == len(ARMS) - (name == "calibration"), name  # there, no temperature
+
+
+def test_no_module_has_colours_of_its_own():
+    """Hues mean arms, so they are written down once; the paper's frame of warning is no figure."""
+    found = set()
+    for path in (REPO_ROOT / "grpo_engage").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if len(text) == 7 and text[0] == "#" and set(text[1:].lower()) <= set("0123456789abcdef"):
+                found.add(path.relative_to(REPO_ROOT / "grpo_engage").as_posix())
+    assert found == {"base/plots.py"}
+
+
+def test_the_paper_draws_its_figures_without_torch():
+    code = "import sys, grpo_engage.paper.paper; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPO_ROOT)

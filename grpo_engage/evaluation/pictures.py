@@ -68,9 +68,10 @@ def plot_distributions(scored: pd.DataFrame) -> Figure:
     arms = sorted(scored["arm"].unique())
     figure = Figure(figsize=(1.5 + 0.9 * len(arms), 3), layout="constrained")
     axes = figure.subplots()
+    # greys: the hues belong to the arms
     tidy = scored.melt("arm", ["judge", "reward"], "by", "score").replace({"by": {"reward": "training reward"}})
     sns.violinplot(tidy, x="arm", y="score", hue="by", split=True, inner="quart", order=arms, cut=0,
-                   density_norm="width", palette={"judge": "#0072B2", "training reward": "#E69F00"}, linewidth=0.8,
+                   density_norm="width", palette={"judge": "0.6", "training reward": "0.9"}, linewidth=0.8,
                    ax=axes)
     axes.axhline(0.5, color="0.6", lw=0.8, zorder=0)
     axes.set(xlabel="", ylabel="P(beats a real reply)", ylim=(0, 1))
