@@ -137,3 +137,9 @@ def test_exported_cells_are_small_and_shown_at_once():
     print(found)
     assert np.median(lines) <= MEDIAN_LINES and np.quantile(lines, 0.9) <= LINES_OF_90_PERCENT, found
     assert shown.mean() >= SHOWN_AT_ONCE, found
+
+
+@pytest.mark.parametrize("room", [".", *LEVEL])
+def test_numbers_have_no_holes(room):
+    numbers = sorted(int(path.name[:2]) for path in (NOTEBOOKS / room).glob("[0-9][0-9]_*.ipynb"))
+    assert numbers == list(range(len(numbers)))
