@@ -213,7 +213,7 @@ def margins_figure(run: Run) -> Figure:
     simulated = (run.rows["source"] == "simulator").all()
     return draw_margins({"simulator" if simulated else "data": run.rows})
 
-
+# %% ../../nbs/paper/02_exhibits.ipynb #c019
 def training_figure(run: Run) -> Figure:
     """A panel of the loss for each arm (their losses are not comparable), and one of the reward where there is one."""
     rewarded = [arm for arm in run.arms if "reward" in run.logs
@@ -222,7 +222,7 @@ def training_figure(run: Run) -> Figure:
                                                               if rewarded else [])
     return plot_training(run.logs, panels, columns=3)
 
-
+# %% ../../nbs/paper/02_exhibits.ipynb #c020
 def pass_figure(run: Run) -> Figure:
     """Pass@k against k, a line and a band for each arm."""
     style()

@@ -16,9 +16,10 @@ from ..base.plots import arm_line, style
 
 # %% ../../nbs/train/10_training_curves.ipynb #c005
 def mean_curve(log: pd.DataFrame, column: str) -> pd.Series:
-    """`column` by step: its mean over seeds, then over a centred window of an eighth of the steps that have it."""
+    """`column` by step: its mean over seeds, then over a centred window, about an eighth of the steps that have it."""
     mean = log.dropna(subset=[column]).groupby("step")[column].mean()
-    return mean.rolling(max(len(mean) // 8, 1), center=True, min_periods=1).mean()
+    # odd, or the curve would lag by half a step
+    return mean.rolling(2 * (len(mean) // 16) + 1, center=True, min_periods=1).mean()
 
 # %% ../../nbs/train/10_training_curves.ipynb #c007
 def _draw_arm(axes, log: pd.DataFrame, column: str, arm: str) -> None:
