@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['END', 'WORDS', 'TINY_POSTS', 'tiny_tokenizer', 'tiny_policy', 'all_replies', 'log_probabilities', 'groups_of',
-           'tiny_metric', 'EnumeratedTrainer', 'tiny_trainer', 'expected_gradient', 'exact_gradient', 'relative_error']
+           'tiny_metric', 'EnumeratedTrainer', 'reward_tables', 'tiny_trainer', 'all_choices', 'expected_gradient',
+           'expectation', 'exact_gradient', 'relative_error']
 
 # %% ../../nbs/studies/00_enumeration.ipynb #c002
 import shutil
@@ -42,7 +43,7 @@ def tiny_tokenizer(words: int = 2) -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", pad_token="<end>", padding_side="left")
 
-
+# %% ../../nbs/studies/00_enumeration.ipynb #d031
 def tiny_policy(words: int = 2, seed: int = 2) -> GPT2LMHeadModel:
     """A GPT-2 of one layer in float64 with random weights and without positions, in training mode."""
     torch.manual_seed(seed)
@@ -55,14 +56,14 @@ def tiny_policy(words: int = 2, seed: int = 2) -> GPT2LMHeadModel:
     model.transformer.wpe.weight.requires_grad_(False).zero_()
     return model
 
-
+# %% ../../nbs/studies/00_enumeration.ipynb #d033
 def all_replies(words: int, length: int) -> list[tuple[int, ...]]:
     """All replies of at most `length` tokens: ended by the end token, or cut off after `length` words."""
     tokens = range(1, 1 + words)
     ended = [(*start, END) for n in range(length) for start in product(tokens, repeat=n)]
     return ended + list(product(tokens, repeat=length))
 
-
+# %% ../../nbs/studies/00_enumeration.ipynb #d035
 def log_probabilities(model, replies: Sequence[tuple[int, ...]], prompt: Sequence[int]) -> torch.Tensor:
     """log pi(reply | prompt) of each of the n replies, (n,), in nats, by one plain forward for each: no padding."""
     sums = []
@@ -170,6 +171,13 @@ class EnumeratedTrainer(ReplyTrainer):
         return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
                           for p in self.model.parameters() if p.requires_grad])
 
+# %% ../../nbs/studies/00_enumeration.ipynb #d036
+def reward_tables(replies: Sequence[tuple[int, ...]], prompts: Sequence[str]) -> dict[str, dict]:
+    """For each prompt, {reply: reward in [0, 1]} of `replies`: by chance, the same at each call."""
+    generator = np.random.default_rng(3)
+    return {prompt: dict(zip(replies, (generator.integers(0, 9, size=len(replies)) / 8).tolist(), strict=True))
+            for prompt in prompts}
+
 # %% ../../nbs/studies/00_enumeration.ipynb #c015
 def tiny_trainer(objective: Objective, *, words: int = 2, length: int = 2, k: int = 2, posts: int = 1,
                  micro_batches: int = 1, kl_reference: GPT2LMHeadModel | None = None,
@@ -181,9 +189,7 @@ def tiny_trainer(objective: Objective, *, words: int = 2, length: int = 2, k: in
     `use_bias_correction_kl`. Other settings: ReplyTrainer's.
     """
     replies, model = all_replies(words, length), tiny_policy(words)
-    generator = np.random.default_rng(3)
-    tables = {prompt: dict(zip(replies, (generator.integers(0, 9, size=len(replies)) / 8).tolist(), strict=True))
-              for prompt, _ in TINY_POSTS[:posts]}
+    tables = reward_tables(replies, [prompt for prompt, _ in TINY_POSTS[:posts]])
 
     def reward(prompts, completion_ids, **_):
         return [tables[prompt][tuple(ids)] for prompt, ids in zip(prompts, completion_ids, strict=True)]
@@ -207,14 +213,10 @@ def tiny_trainer(objective: Objective, *, words: int = 2, length: int = 2, k: in
     trainer.posts, trainer.tables, trainer.replies = rows, list(tables.values()), replies
     return trainer
 
-# %% ../../nbs/studies/00_enumeration.ipynb #c018
-def expected_gradient(trainer: EnumeratedTrainer, *, groups_per_step: int = 1, ordered: bool = False,
-                      progress: Callable[[int, int], None] | None = None) -> torch.Tensor:
-    """Sum over all groups (several posts: all combinations, one group for each) of P(groups) * what backward leaves.
-
-    groups_per_step: groups of each post in one step. More than 1 is right only where a step's gradient is the mean of
-    its groups' gradients: in exact mode. progress: called with (done, all). Returns a flat float64 vector.
-    """
+# %% ../../nbs/studies/00_enumeration.ipynb #d038
+def all_choices(trainer: EnumeratedTrainer, ordered: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The groups as positions of replies, (m, K); all combinations of one group for each post, (n, posts), as positions
+    of groups; and the probability of each combination, (n,)."""
     places, orders = groups_of(len(trainer.replies), trainer.num_generations, ordered)
     chances = []
     for row in trainer.posts:
@@ -224,19 +226,37 @@ def expected_gradient(trainer: EnumeratedTrainer, *, groups_per_step: int = 1, o
         chances.append(orders * probability[places].prod(axis=1))
     choices = np.array(list(product(range(len(places)), repeat=len(chances))))
     weights = np.prod([chance[choices[:, post]] for post, chance in enumerate(chances)], axis=0)
+    return places, choices, weights
+
+# %% ../../nbs/studies/00_enumeration.ipynb #c018
+def expected_gradient(trainer: EnumeratedTrainer, *, groups_per_step: int = 1, ordered: bool = False,
+                      progress: Callable[[int, int], None] | None = None) -> torch.Tensor:
+    """Sum over all groups (several posts: all combinations, one group for each) of P(groups) * what backward leaves.
+
+    groups_per_step: groups of each post in one step. More than 1 is right only where a step's gradient is the mean of
+    its groups' gradients: in exact mode. progress: called with (done, all). Returns a flat float64 vector.
+    """
+    places, choices, weights = all_choices(trainer, ordered)
     if abs(weights.sum() - 1) > 1e-10:
         raise ArithmeticError(f"the probabilities of all groups add up to {weights.sum()}, not to 1")
     trainer.model.zero_grad()
     for start in range(0, len(choices), groups_per_step):
         chosen, weight = choices[start : start + groups_per_step], weights[start : start + groups_per_step]
-        while len(chosen) * len(chances) * trainer.num_generations % trainer.args.steps_per_generation:
+        while len(chosen) * len(trainer.posts) * trainer.num_generations % trainer.args.steps_per_generation:
             chosen, weight = np.vstack([chosen, chosen[:1]]), np.append(weight, 0.0)  # fills a micro-batch, counts 0
         groups = [[trainer.replies[i] for i in places[group]] for choice in chosen for group in choice]
-        relative = None if len(chosen) == 1 else np.repeat(weight / weight.mean(), len(chances))
+        relative = None if len(chosen) == 1 else np.repeat(weight / weight.mean(), len(trainer.posts))
         trainer.backward_of(groups, relative, float(weight.sum()))
         if progress is not None:
             progress(min(start + groups_per_step, len(choices)), len(choices))
     return trainer.left_gradient()
+
+# %% ../../nbs/studies/00_enumeration.ipynb #d041
+def expectation(logp: torch.Tensor, k: int, value: Callable[[np.ndarray], float]) -> torch.Tensor:
+    """E[value] over groups of `k` replies, 0-d with gradient. logp: of every reply; value: of a group's positions."""
+    places, orders = groups_of(len(logp), k)
+    values = torch.from_numpy(orders * [value(group) for group in places])
+    return (values * logp[torch.from_numpy(places)].sum(1).exp()).sum()
 
 # %% ../../nbs/studies/00_enumeration.ipynb #c020
 def exact_gradient(trainer: EnumeratedTrainer, *, max_k: int | None = None,
@@ -254,19 +274,16 @@ def exact_gradient(trainer: EnumeratedTrainer, *, max_k: int | None = None,
         reference = (*trainer._tokenizer(row["reference"])["input_ids"], END)
         tokens, nll = tokens + len(reference), nll - log_probabilities(trainer.model, [reference], prompt)[0]
         rewards = np.array([table[reply] for reply in trainer.replies])
-        places, orders = groups_of(len(rewards), max_k or 1)
-        best = torch.from_numpy(orders * rewards[places].max(axis=1))
-        value = value - objective.beta / count * (best * logp[torch.from_numpy(places)].sum(1).exp()).sum()
+        value = value - objective.beta / count * expectation(
+            logp, max_k or 1, lambda group, rewards=rewards: rewards[group].max())
         if objective.lam:
-            places, orders = groups_of(len(rewards), trainer.num_generations)
-            diversity = [set_diversity([texts[i] for i in group], metric) for group in places]
-            value = value - objective.lam / count * (torch.from_numpy(orders * diversity) *
-                                                     logp[torch.from_numpy(places)].sum(1).exp()).sum()
+            value = value - objective.lam / count * expectation(
+                logp, trainer.num_generations, lambda group: set_diversity([texts[i] for i in group], metric))
     value = value + objective.alpha * nll / tokens
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     return torch.cat([part.flatten() for part in torch.autograd.grad(value, weights)])
 
-
+# %% ../../nbs/studies/00_enumeration.ipynb #d044
 def relative_error(objective: Objective, *, advantage: str = "leave_one_out", max_k: int | None = None,
                    metric: str = "self_bleu", groups_per_step: int = 1, ordered: bool = False, exact: bool = True,
                    progress: Callable[[int, int], None] | None = None, **settings) -> float:

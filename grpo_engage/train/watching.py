@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'watched_posts', 'model_judge', 'training_judge', 'watch_table', 'samples_page', 'parting', 'Watch',
-           'WatchReplies', 'watch_figure', 'TensorBoard', 'reporting']
+           'replies_now', 'look_rows', 'write_looks', 'kept_looks', 'WatchReplies', 'watch_figure', 'TensorBoard',
+           'reporting']
 
 # %% ../../nbs/train/04_watching.ipynb #c002
 import contextlib
@@ -42,7 +43,7 @@ def watched_posts(pairs: pd.DataFrame, n: int) -> list[str]:
     posts = pairs.loc[pairs["split"] == "validation", "tweet"].drop_duplicates().sort_values()
     return posts.sample(min(n, len(posts)), random_state=child_seed(0, "watched posts")).tolist()
 
-
+# %% ../../nbs/train/04_watching.ipynb #c030
 def model_judge(run_dir: Path, pairs: pd.DataFrame, posts: Sequence[str]) -> RewardFunction:
     """The learned judge (posts, replies) -> (n,): probability that a reply to one of `posts` beats a real one.
 
@@ -78,7 +79,7 @@ def watch_table(samples: pd.DataFrame) -> pd.DataFrame:
         rows.append(row | {"mean_length": look["n_tokens"].mean(), "cut_share": cut})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/train/04_watching.ipynb #c033
 def samples_page(samples: pd.DataFrame, title: str) -> str:
     """An HTML page with the first reply to each post at each look, texts escaped: posts and models are not trusted."""
     shown = samples[samples["sample"] == 0].sort_values(["post", "step"], kind="stable")
@@ -107,7 +108,7 @@ def parting(samples: pd.DataFrame, level: float = 0.01) -> str:
                     f"by {-changes['judge'].mean():.3f} on the same posts")
     return ""
 
-# %% ../../nbs/train/04_watching.ipynb #c014
+# %% ../../nbs/train/04_watching.ipynb #c036
 @dataclass(frozen=True)
 class Watch:
     """What is looked at: `replies` to each of `posts` every `every` steps, before the first and after the last.
@@ -133,7 +134,39 @@ class Watch:
         named += [self.instruction] if self.instruction != INSTRUCTION else []
         return sha256(json.dumps(named).encode()).hexdigest()[:16]
 
+# %% ../../nbs/train/04_watching.ipynb #c039
+def replies_now(trainer: Trainer, watch: Watch) -> pd.DataFrame:
+    """What the policy says to `watch.posts` now: see `generate_replies`. Every process calls it."""
+    whole = (FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, recurse=False)
+             if trainer.is_fsdp_enabled else contextlib.nullcontext())
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model, torch.no_grad(), whole:
+        return generate_replies(model, trainer.processing_class, watch.posts, watch.replies, watch.temperature,
+                                max_new_tokens=watch.max_new_tokens, seed=child_seed(watch.seed, "watch"), label="",
+                                instruction=watch.instruction)
 
+
+def look_rows(made: pd.DataFrame, posts: Sequence[str], step: int) -> pd.DataFrame:
+    """Rows of samples.parquet but for the scores, from `replies_now`: step, post, sample, tweet, reply, n_tokens,
+    finish_reason."""
+    return pd.DataFrame({"step": step, "post": made["post"], "sample": made["sample"],
+                         "tweet": [clean_text(posts[post]) for post in made["post"]], "reply": made["text"].tolist(),
+                         "n_tokens": made["n_tokens"], "finish_reason": made["finish_reason"]})
+
+# %% ../../nbs/train/04_watching.ipynb #c042
+def write_looks(folder: Path, samples: pd.DataFrame, title: str) -> None:
+    """`folder`/samples.parquet, watch.csv and samples.html from all looks so far."""
+    write_parquet(folder / "samples.parquet", samples)
+    write_csv(folder / "watch.csv", watch_table(samples))
+    with _atomic_path(folder / "samples.html") as page:
+        page.write_text(samples_page(samples, title), encoding="utf-8")
+
+
+def kept_looks(path: Path, step: int, digest: str) -> pd.DataFrame | None:
+    """Looks in `path` until `step` (later ones will be taken again); None where they are not those of `digest`."""
+    samples = pd.read_parquet(path).query("step <= @step")
+    return samples if samples.attrs == {"watch": digest} else None
+
+# %% ../../nbs/train/04_watching.ipynb #c014
 class WatchReplies(TrainerCallback):
     """Takes the looks of `watch` while `trainer` (a GRPOTrainer) trains; writes `folder`/samples.parquet, samples.html
     and watch.csv. Raises: RewardError when a score fails."""
@@ -147,12 +180,11 @@ class WatchReplies(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         kept = self.folder / "samples.parquet"
-        if state.global_step and kept.exists():  # what was seen after the checkpoint will be seen again
-            self.samples = pd.read_parquet(kept).query("step <= @state.global_step")
-            if self.samples.attrs != {"watch": self.watch.digest()}:
-                self.samples = pd.DataFrame()
-                if state.is_world_process_zero:
-                    say(f"{self.label}: looks until step {state.global_step} were at other posts or scores: removed")
+        if state.global_step and kept.exists():
+            looks = kept_looks(kept, state.global_step, self.watch.digest())
+            self.samples = pd.DataFrame() if looks is None else looks
+            if looks is None and state.is_world_process_zero:
+                say(f"{self.label}: looks until step {state.global_step} were at other posts or scores: removed")
         self.trainer.accelerator.wait_for_everyone()  # the first process is about to write what all have to read
         seen = set() if self.samples.empty else set(self.samples["step"])
         if self._due(state) and state.global_step not in seen:
@@ -174,29 +206,17 @@ class WatchReplies(TrainerCallback):
 
     def _look(self, step: int, logged: bool = True) -> None:
         """All processes sample (sharded weights are gathered for it), the main one scores and writes."""
-        watch, trainer = self.watch, self.trainer
-        whole = (FullyShardedDataParallel.summon_full_params(trainer.model_wrapped, recurse=False)
-                 if trainer.is_fsdp_enabled else contextlib.nullcontext())
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model, torch.no_grad(), whole:
-            made = generate_replies(model, trainer.processing_class, watch.posts, watch.replies, watch.temperature,
-                                    max_new_tokens=watch.max_new_tokens, seed=child_seed(watch.seed, "watch"), label="",
-                                    instruction=watch.instruction)
-        if not trainer.accelerator.is_main_process:
+        made = replies_now(self.trainer, self.watch)
+        if not self.trainer.accelerator.is_main_process:
             return
-        post_texts, replies = [watch.posts[post] for post in made["post"]], made["text"].tolist()
-        look = pd.DataFrame({"step": step, "post": made["post"], "sample": made["sample"],
-                             "tweet": [clean_text(post_text) for post_text in post_texts], "reply": replies,
-                             "n_tokens": made["n_tokens"], "finish_reason": made["finish_reason"]})
-        for name, score in (("proxy", watch.proxy), ("judge", watch.judge)):
-            look[name] = checked_scores(score, post_texts, replies, step, f"watched {name}")
+        look, posts = look_rows(made, self.watch.posts, step), [self.watch.posts[post] for post in made["post"]]
+        for name, score in zip(SCORES, (self.watch.proxy, self.watch.judge), strict=True):
+            look[name] = checked_scores(score, posts, look["reply"].tolist(), step, f"watched {name}")
             if logged:
-                trainer._metrics["train"][f"{name}_reward"].append(float(look[name].mean()))
+                self.trainer._metrics["train"][f"{name}_reward"].append(float(look[name].mean()))
         self.samples = pd.concat([self.samples, look], ignore_index=True)
-        self.samples.attrs = {"watch": watch.digest()}  # goes into the file
-        write_parquet(self.folder / "samples.parquet", self.samples)
-        write_csv(self.folder / "watch.csv", watch_table(self.samples))
-        with _atomic_path(self.folder / "samples.html") as page:
-            page.write_text(samples_page(self.samples, self.label), encoding="utf-8")
+        self.samples.attrs = {"watch": self.watch.digest()}  # goes into the file
+        write_looks(self.folder, self.samples, self.label)
         if not self.warned and (since := parting(self.samples)):
             self.warned = True
             say(f"{self.label}: WARNING at step {step}: {since}: the policy exploits the reward; stop earlier, raise "
@@ -228,7 +248,7 @@ class TensorBoard(TensorBoardCallback):
             self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=state.global_step + 1)
         super().on_train_begin(args, state, control, **kwargs)
 
-
+# %% ../../nbs/train/04_watching.ipynb #c047
 def reporting(report_to: str, folder: Path) -> tuple[dict, list[TrainerCallback]]:
     """TrainingArguments and callbacks that report to `report_to`, one of REPORTS, under a name that ends with `folder`.
 
