@@ -21,7 +21,6 @@ from grpo_engage.evaluation.generation import plan_jobs
 from grpo_engage.evaluation.scoring import arms_reward
 from grpo_engage.evaluation.settings import EvaluationSettings
 from grpo_engage.policy import sampling
-from grpo_engage.policy.base_models import ensure_policy
 from grpo_engage.policy.replies import instruction_of, loading_options
 from grpo_engage.rewards.engagement_model import EngagementRewardModel
 from grpo_engage.rewards.settings import RewardChoice
@@ -152,16 +151,6 @@ TRAINED = {  # parameter -> what the trainer has of it, given the second value
     "lora_r": lambda t: t.model.peft_config["default"].r,
     "lora_alpha": lambda t: t.model.peft_config["default"].lora_alpha,
 }
-
-
-@pytest.fixture(scope="module")
-def base():
-    return ensure_policy("nano")
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    return simulate_pairs(30, seed=8)[["tweet", "reply"]]
 
 
 def constant(posts, replies):
