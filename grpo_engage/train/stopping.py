@@ -167,7 +167,7 @@ class SafeGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         self._latest = inputs
         loss = self._objective_loss(model, inputs)
-        if not torch.isfinite(loss):
+        if model.training and not torch.isfinite(loss):  # an evaluation spoils nothing, and its NaN is seen in the log
             raise self._not_finite("loss", model, inputs)
         return loss
 
