@@ -19,12 +19,12 @@ from .loop import EpochSampler
 from grpo_engage.train.references import (
     REFERENCE_METRICS,
     chosen_reference,
+    ended_reply,
     labelled_rows,
     reference_nll,
     reference_pair,
     reference_rows,
     reference_texts,
-    reply_ids,
 )
 from .stopping import SafeGRPOTrainer
 
@@ -189,7 +189,7 @@ class ReferenceTrainer(SafeGRPOTrainer):
         prompts = self._tokenize_prompts([rows[place]["prompt"] for place in chosen])[0] if chosen else []
         cut = 0
         for (place, text), prompt in zip(chosen.items(), prompts, strict=True):
-            reply = reply_ids(text, self._tokenizer, self._ends)
+            reply = ended_reply(text, self._tokenizer, self._ends)
             pairs[place] = reference_pair(prompt, reply, self.max_length)
             cut += len(pairs[place][0]) < len(prompt) + len(reply)
         if cut and not self._was_cut:
