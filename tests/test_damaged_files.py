@@ -211,12 +211,14 @@ MENDED = {  # text in the file, text that its author wrote, what is counted
     "punctuation": ("itâ€™s â€œfineâ€\x9d â€¦", "it’s “fine” …", "UTF-8 read as Windows-1252"),
     "letters": ("DÃ©jÃ\xa0 vu, cafÃ©", "Déjà vu, café", "UTF-8 read as Windows-1252"),
     "emoji": ("great ðŸ˜€", "great 😀", "UTF-8 read as Windows-1252"),
+    "twice": ("itÃ¢â‚¬â„¢s", "it’s", "UTF-8 read as Windows-1252"),
     "Latin-1": ("it\xe2\x80\x99s", "it’s", "UTF-8 read as Windows-1252"),
 }
 UNTOUCHED = ["R&D at AT&T", "x.org/?a=1&copy=2&lt=3", "&unknown; thing", "a < b > c", "MAÇÃ…", "il a chanté”…",
              "Â, â, Ê", "São Paulo: ‘irmã’", "50 € – 60 €", "Ð and Ñ", *SINGLE_LINE]  # fmt: skip
 REFUSED = {
     "entity and bare &": ({"reply": "write &amp; for & in HTML"}, "not certain"),
+    "misread in part": ({"reply": "itâ€™s “fine”"}, "cannot be undone with certainty"),
     "U+FFFD": ({"tweet": "caf\ufffd"}, "U+FFFD, the mark of a character lost"),
     "entity of nothing": ({"reply": "so &#xD83D;"}, "U+FFFD"),
     "spreadsheet": ({"reply_id": "1.54266E+18"}, "rounded by a spreadsheet"),

@@ -148,16 +148,23 @@ def unescape_once(field: str, text: str) -> str:
 _BYTE_OF = {code: code for code in range(256)} | {ord(bytes([b]).decode("cp1252")): b for b in range(0x80, 0xA0)
                                                  if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}  # fmt: skip
 _CONTINUATION = "[" + "".join(re.escape(chr(code)) for code, byte in _BYTE_OF.items() if 0x80 <= byte < 0xC0) + "]"
-_MISREAD = re.compile(f"â[€\x80]|ð[Ÿ\x9f]|(?<![A-ZÀ-Þ])[ÂÃ]{_CONTINUATION}|(?:[ÐÑ]{_CONTINUATION}){{2}}")
+_CERTAIN = "â[€\x80]|ð[Ÿ\x9f]"  # nobody writes these
+_MISREAD = re.compile(f"{_CERTAIN}|(?<![A-ZÀ-Þ])[ÂÃ]{_CONTINUATION}|(?:[ÐÑ]{_CONTINUATION}){{2}}")
 
 
 def undo_misreading(field: str, text: str) -> str:
-    """`text` as it was, where its UTF-8 was certainly read as Windows-1252 or Latin-1; else `text`."""
-    if text.isascii() or not _MISREAD.search(text) or not all(ord(c) in _BYTE_OF for c in text):
+    """`text` as it was, where its UTF-8 was certainly read as Windows-1252 or Latin-1, once or more; else `text`.
+
+    RowError where some of it was, but not all of it can be turned back.
+    """
+    if text.isascii() or not _MISREAD.search(text):
         return text
     try:
-        return bytes(_BYTE_OF[ord(c)] for c in text).decode("utf-8")
-    except UnicodeDecodeError:
+        return undo_misreading(field, bytes(_BYTE_OF[ord(c)] for c in text).decode("utf-8"))
+    except (KeyError, UnicodeDecodeError):
+        if found := re.search(_CERTAIN, text):
+            raise RowError(f"{field} holds UTF-8 that was read as Windows-1252 ({excerpt(found[0])}), mixed with other "
+                           f"text, so it cannot be undone with certainty: {excerpt(text)}") from None  # fmt: skip
         return text
 
 # %% ../../nbs/data/03_rows.ipynb #c014-9
