@@ -25,21 +25,29 @@ class TextLines:
 
     def __init__(self, stream: BinaryIO):
         self._lines, self._again, self.pulled, self._size = byte_lines(stream), deque(), [], 0
+        self._reach = MAX_RECORD_CHARACTERS
 
     def __iter__(self) -> "TextLines":
         return self
 
     def __next__(self) -> str:
-        if self.pulled and (self._size > MAX_RECORD_CHARACTERS or self.pulled[-1][2]):
-            raise StopIteration  # csv.reader then ends the record, or says that it has no end
-        if self._again:
-            line = self._again.popleft()
-        else:
-            number, content, problem = next(self._lines)
-            line = number, content.decode("utf-8", "surrogateescape"), problem  # a bad byte is found in its row
+        line = self._next_line()
+        if line is None:  # csv.reader then says that the record has no end
+            # One open record reads far ahead. In a file of thousands each must not, or reading would take hours.
+            self._reach = max(2**14, self._reach // 2) if self.pulled else self._reach
+            raise StopIteration
         self.pulled.append(line)
         self._size += len(line[1])
         return line[1] + "\n"
+
+    def _next_line(self) -> tuple[int, str, str | None] | None:
+        if self.pulled and (self._size > self._reach or self.pulled[-1][2]):
+            return None
+        if self._again:
+            return self._again.popleft()
+        number, content, problem = next(self._lines, (0, b"", None))
+        text = content.decode("utf-8", "surrogateescape")  # a bad byte is found when its row is read
+        return (number, text, problem) if number else None
 
     def begin(self) -> None:
         """Forget the lines of the record before."""
