@@ -151,7 +151,7 @@ def _together(posts: Sequence[str], replies: Sequence[str], tables: Sequence[spa
               counts: Sequence[np.ndarray], seen: bool, match: np.ndarray) -> np.ndarray:
     """All columns, (n, columns) float32: typicality for each size of runs, match, counts, surface."""
     typical = [typicality(table, own, seen) for table, own in zip(tables, counts, strict=True)]
-    counted = count_pairs(posts, replies).to_numpy()
+    counted = count_pairs(posts, replies)[list(COUNTS)].to_numpy()
     return np.concatenate([*typical, match[:, None], counted, text_features(replies)], axis=1).astype(np.float32)
 
 # %% ../../nbs/rewards/03_text_evidence.ipynb #c014

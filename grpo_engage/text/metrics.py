@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import regex
 
+from .languages import UNSPACED
+
 # %% ../../nbs/text/01_metrics.ipynb #c007
 # Scripts written without spaces are cut into characters (as sacrebleu does for Chinese): longest alternatives first.
-_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-_LETTERS = rf"(?:(?!{_UNSPACED})[\w\p{{M}}])+"
+_LETTERS = rf"(?:(?!{UNSPACED})[\w\p{{M}}])+"
 _PLAIN_WORD = re.compile(r"\w+(?:'\w+)*|[^\w\s]", re.ASCII)
-_WORD = regex.compile(rf"{_UNSPACED}\p{{M}}*|{_LETTERS}(?:['’]{_LETTERS})*|(?!\s)\X")
+_WORD = regex.compile(rf"{UNSPACED}\p{{M}}*|{_LETTERS}(?:['’]{_LETTERS})*|(?!\s)\X")
 
 
 def words(text: str) -> list[str]:
