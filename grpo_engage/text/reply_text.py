@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 import regex
 
-from .languages import STOP_WORDS, UNSPACED, Evidence, evidence, is_english, is_foreign
+from .languages import STOP_WORDS, Evidence, evidence, is_english, is_foreign
+from .metrics import UNSPACED
 
 # %% ../../nbs/text/00_reply_text.ipynb #c005
 GENERIC = frozenset(
