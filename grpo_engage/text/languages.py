@@ -105,6 +105,11 @@ class Evidence(NamedTuple):
         return self.english / self.letters if self.letters else 1.0
 
     @property
+    def decides(self) -> bool:
+        """Whether a post says enough to decide for its replies."""
+        return self.words >= 8 or (self.words >= 4 and self.share >= 0.75)
+
+    @property
     def lead(self) -> int:
         """How many function words of another language there are more than English ones."""
         return max((count for name, count in self.languages.items() if name != "en"), default=0) - self.languages["en"]
@@ -131,8 +136,8 @@ def is_english(post: Evidence, reply: Evidence) -> bool:
     for text, least in ((post, 0.9), (reply, 0.5 if not _speaks_english(post) else 0.0)):
         if text.scripts["LATIN"] < least * text.scripts.total():
             return False
-    read = post if post.words >= 8 or (post.words >= 4 and post.share >= 0.75) else post.joined(reply)
-    if read.share < 0.5 or read.lead >= 2:
+    read = post if post.decides else post.joined(reply)
+    if read.share < (0.5 if post.decides else 0.6) or read.lead >= 2:
         return False
     known = reply.lead >= 2  # such a reply is foreign, and refused as such
     return known or not (reply.words >= 5 and reply.share < 0.4 and reply.function < 0.2 * reply.words)
@@ -142,7 +147,7 @@ def is_foreign(post: Evidence, own: Evidence) -> bool:
     """Whether the `own` words of a reply are in another language or script than its post."""
     letters = own.scripts.total()
     if _speaks_english(post):
-        return own.lead >= 2 or own.scripts["LATIN"] < 0.7 * letters
+        return (post.decides and own.lead >= 2) or own.scripts["LATIN"] < 0.7 * letters
     is_prose = own.words >= 4 and own.share >= 0.75 and own.languages["en"] >= 2 and own.lead <= -2
     other_post = (post.words >= 4 and (post.share < 0.35 or post.lead >= 2)) or (
         post.scripts.total() >= 8 and post.scripts["LATIN"] < 0.5 * post.scripts.total())
