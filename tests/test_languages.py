@@ -171,6 +171,40 @@ def test_lists_do_not_judge_a_reply_in_another_script_under_an_english_post(lang
     assert read[["insult", "profanity", "negative"]].isna().all(axis=None)
 
 
+LONG = {  # posts of the length of a tweet, with most of the characters that a reply may need
+    "Japanese": ("今日も中央線の電車が一時間近く遅れていて、駅は人でいっぱい、"
+                 "駅員さんからの説明もないしもう最悪だ、どうしてくれるんだ", [
+        "返金希望", "ドラッグストア", "コーヒータイム", "どれだけ待てばいいんだろう", "うちの駅も説明がなかったよ",
+        "電車が一時間遅れた"]),
+    "Thai": ("วันนี้รถไฟมาสายอีกแล้ว รอที่ชานชาลามากกว่าหนึ่งชั่วโมงแต่ไม่มีเจ้าหน้าที่คนไหนออกมาอธิบายเลยว่าเกิดอะไรขึ้น "
+             "แย่มากจริง ๆ", [
+        "น่าจะมีการแจ้งเตือนล่วงหน้านะ", "ไม่เคยมาตรงเวลาเลยสักวัน", "เห็นใจคนที่ต้องไปทำงานเช้า", "ออกมารอตั้งแต่หกโมง"]),
+    "Chinese": ("今天早上的火车又晚点了一个多小时，站台上挤满了人，"
+                "没有一个工作人员出来说明到底发生了什么，真的太糟糕了", [
+        "工作人员都去哪了", "早上出来就等到现在", "没人说明真的太过分", "退票吧"]),
+}
+
+
+@pytest.mark.parametrize("language", LONG)
+def test_a_long_post_in_a_script_without_spaces_makes_no_reply_an_echo_or_foreign(language):
+    post, replies = LONG[language]
+    flags = guard_flags([post] * len(replies), replies)
+    assert not flags.to_numpy().any(), flags.assign(reply=replies)
+    assert guard_flags([post], [post[3:]]).echo[0]
+
+
+@OTHER
+def test_words_that_english_lists_hold_are_nothing_in_another_language(language):
+    short = ["ok", "No", "OK, no", "slut", "Die"]  # Swedish for end, German for the
+    assert not guard_flags([LANGUAGES[language][1]] * 5, short)[["generic", "toxic", "spam"]].to_numpy().any()
+
+
+@pytest.mark.parametrize("language", ["Polish", "Turkish", "Vietnamese", "Finnish", "Swahili", "Indonesian"])
+def test_lists_do_not_judge_a_reply_in_rare_words_under_an_english_post(language):
+    counts = count_pairs([LANGUAGES["English"][1]] * 2, LANGUAGES[language][2][:2])
+    assert ((counts.english == 0) | (counts.foreign > 0)).all()  # foreign: recognised by function words, and refused
+
+
 @OTHER
 def test_real_spam_is_caught_in_every_language(language):
     _, post, replies = LANGUAGES[language]
