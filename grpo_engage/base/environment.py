@@ -16,6 +16,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import grpo_engage
+
 # %% ../../nbs/base/07_environment.ipynb #c005
 LAUNCHER = {
     r"(LOCAL_|GROUP_|ROLE_|CROSS_|NODE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)":
@@ -32,15 +34,17 @@ LEFT_OUT = LAUNCHER | {
     r"BASH_ENV|ENV|SHELLOPTS|BASHOPTS": "what the shell that starts a job does before it",
     r"LANG|LANGUAGE|LC_.*": "another encoding of files, and messages that nobody can look for",
     r"GIT_.*": "another repository's commit",
-    r"(PANDAS|NPY|TQDM|TRL)_.*|TRANSFORMERS_(?!OFFLINE|CACHE).*": "other defaults of these libraries",
+    r"(PANDAS|NPY|SCIPY|SKLEARN|JOBLIB|LOKY|TQDM|TRL)_.*|TRANSFORMERS_(?!OFFLINE|CACHE).*|USE_(TORCH|TF|JAX|FLAX)":
+        "other defaults of these libraries",
     r"PYTORCH_JIT|TORCH(_(LOGS|COMPILE|FORCE|ALLOW)|DYNAMO|INDUCTOR).*": "other code paths of torch",
     r"NVIDIA_TF32_OVERRIDE|ATEN_CPU_CAPABILITY|MKL_(CBWR|DEBUG.*|ENABLE.*)|(ONEDNN|DNNL)_.*": "another arithmetic",
-    r"(TEX|BIB|BST)INPUTS(_.*)?|TYPST_.*": "other files with the names of the paper's",
+    r"(TEX|BIB|BST)INPUTS(_.*)?|(TYPST|PYPANDOC)_.*|SOURCE_DATE_EPOCH": "another paper: its files, programs and date",
 }
 
 # %% ../../nbs/base/07_environment.ipynb #c008
 _LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run",
-              "torch.distributed.launch", "deepspeed", "mpirun", "mpiexec", "orted", "prted", "hydra_pmi_proxy"}
+              "torch.distributed.launch", "deepspeed.launcher.launch", "mpirun", "mpiexec", "orted",
+              "prted", "hydra_pmi_proxy"}
 
 
 @functools.cache
@@ -89,8 +93,9 @@ def own_environment(place: Path, environment: Mapping[str, str] | None = None) -
     own = {name: str(Path(place).resolve() / folder) for name, folder in _PLACES.items()}
     own |= {"HF_HOME": given.get("HF_HOME") or os.path.join(cache, "huggingface"), "LC_ALL": "C.UTF-8",
             "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}  # the folder where a command is given holds no modules of ours
-    if paths := [os.path.abspath(path) for path in given.get("PYTHONPATH", "").split(os.pathsep) if path]:
-        own["PYTHONPATH"] = os.pathsep.join(paths)  # stages run in other folders
+    # The code of this command, also where another version is installed, or none; and stages run in other folders.
+    paths = [os.path.dirname(grpo_engage.__path__[0]), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
+    own["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(map(os.path.abspath, paths)))
     # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
     return {"OMP_WAIT_POLICY": "PASSIVE"} | without_settings(given) | own
 
@@ -102,8 +107,9 @@ def thread_limit() -> int:
 
 # %% ../../nbs/base/07_environment.ipynb #c020
 def undo_start_settings() -> None:
-    """Take back what the environment did to this process when Python started it. Raises: SystemExit (a line) for a
-    folder on PYTHONPATH that hides a module of Python, and for a current folder that was deleted."""
+    """Take back what the environment did to this process when Python started it, and leave out what LEFT_OUT names
+    before other libraries read it. Raises: SystemExit (a line) for a folder on PYTHONPATH that hides a module of
+    Python, and for a current folder that was deleted."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -116,6 +122,8 @@ def undo_start_settings() -> None:
         warnings.resetwarnings()
         for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
             warnings.simplefilter("ignore", kind)  # Python's own defaults
+    for name in os.environ.keys() - without_settings(os.environ).keys():
+        del os.environ[name]
     try:
         here = os.getcwd()
     except FileNotFoundError:

@@ -100,10 +100,8 @@ def run_processes(n_processes: int, target: Sequence[str], folder: Path, label: 
     """
     import torch
 
-    environment = own_environment(Path(folder) / "libraries")
-    environment["GRPO_ENGAGE_LAUNCHER"] = f"{os.uname().nodename}:{os.getpid()}"
-    # the repository may not be installed, and a notebook's kernel works in nbs/
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO_ROOT), environment.get("PYTHONPATH")]))
+    environment = own_environment(Path(folder) / "libraries") | {
+        "GRPO_ENGAGE_LAUNCHER": f"{os.uname().nodename}:{os.getpid()}"}
     if config_file and not torch.cuda.is_available():
         raise ValueError(f"accelerate_config={str(config_file)!r} is for GPUs, and there is none: leave it empty")
     if not torch.cuda.is_available():
