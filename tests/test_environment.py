@@ -6,13 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 from accelerate.commands import launch
 from accelerate.commands.config import config_args
+from jupyter_client import KernelManager
+from matplotlib.font_manager import FontProperties, findfont
 
 from grpo_engage.base.core import REPO_ROOT, read_json
 from grpo_engage.base.environment import LEFT_OUT, own_environment, without_settings
+from grpo_engage.base.plots import style
 from grpo_engage.base.processes import launch_command
+from grpo_engage.run.runner import ThisInterpreter
 
 RUN = ["-m", "grpo_engage", "run", "data", "--preset", "smoke", "-p", "n_conversations=40"]
 EXITS = "raise SystemExit('a startup file of the user was run')\n"
@@ -207,3 +212,22 @@ def test_each_row_of_the_table_is_tried():
     """A row that no variable here has would be a row that nobody has seen work."""
     names = {*LEAKS, "MKL_CBWR", "TEXINPUTS"}
     assert [pattern for pattern in LEFT_OUT if not any(re.fullmatch(pattern, name) for name in names)] == []
+
+
+def test_the_kernel_is_the_interpreter_that_runs_us(tmp_path, monkeypatch):
+    """Where the kernel of that name is somebody else's."""
+    monkeypatch.setenv("JUPYTER_PATH", str(write(tmp_path, FILES) / "jupyter"))
+    assert KernelManager(kernel_name="python3").kernel_spec.argv[0] == "/bin/false", "the trap is set"
+    assert ThisInterpreter(kernel_name="python3").kernel_spec.argv[0] == sys.executable
+
+
+def test_a_figure_has_the_projects_look_alone():
+    """In a process of a user's own, whose matplotlib is set up already."""
+    style()
+    expected = dict(matplotlib.rcParams)
+    matplotlib.rcParams.update({"text.usetex": True, "lines.linewidth": 9, "font.family": "serif", "savefig.dpi": 7,
+                                "path.sketch": (9, 9, 9), "axes.prop_cycle": "cycler('color', ['red'])"})
+    style()
+    assert {name: (value, expected[name]) for name, value in matplotlib.rcParams.items()
+            if value != expected[name]} == {}
+    assert findfont(FontProperties()) == f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
