@@ -230,4 +230,5 @@ def test_a_figure_has_the_projects_look_alone():
     style()
     assert {name: (value, expected[name]) for name, value in matplotlib.rcParams.items()
             if value != expected[name]} == {}
-    assert findfont(FontProperties()) == f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    ours = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    assert ours.samefile(findfont(FontProperties()))
