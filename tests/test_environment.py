@@ -116,7 +116,7 @@ def files_of_the_user(tmp):
     beside = write(tmp / "path", {"tests/x.py": EXITS, "data/y.py": EXITS, "torch_settings.py": EXITS})
     paths = f"{beside}{os.pathsep}{environment(tmp)['PYTHONPATH']}"
     return {"more": {"HOME": str(home), "PYTHONPATH": paths}, "cwd": write(tmp / "here", HERE),
-            "before": "exec 0<&-; umask 077"}
+            "before": "exec 0<&- 1>&-; umask 077"}
 
 
 def nothing_to_write_to(tmp):
