@@ -155,6 +155,7 @@ def _build_with_typst(folder: Path) -> None:
         settings = Path(temporary) / "settings.yaml"
         settings.write_text("margin: {x: 2.5cm, y: 2.5cm}\nreference-section-title: References\n")
         arguments = ["--standalone", "--citeproc", "--fail-if-warnings", f"--lua-filter={lua}",
+                     f"--data-dir={temporary}",  # not the user's own templates
                      f"--include-in-header={prelude}", f"--metadata-file={settings}",
                      "--variable=section-numbering:1.1", "--variable=papersize:a4", "--variable=fontsize:10pt"]
 

@@ -36,12 +36,16 @@ from transformers import (
 )
 
 from ..base.core import atomic_folder, child_seed, file_sha256, models_dir, progress, say, write_json
+from ..base.environment import thread_limit
 from ..base.source_code import definitions_used
 from ..data.simulator import simulate_text
 
 # %% ../../nbs/policy/00_base_models.ipynb #c004
 def quiet_libraries() -> None:
-    """Turn off the progress bars and chatter of transformers, datasets and tokenizers, and use every core we may."""
+    """Turn off the progress bars and chatter of transformers, datasets and tokenizers, and use every core we may.
+
+    How many that is, OMP_NUM_THREADS and MKL_NUM_THREADS say, else the cores that this process may run on.
+    """
     import datasets
     import transformers
 
@@ -52,7 +56,8 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     # TRL uses names that transformers will drop in its version 6; our lock holds 5
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(thread_limit() or cores)
 
 # %% ../../nbs/policy/00_base_models.ipynb #c007
 NANO = {
