@@ -18,13 +18,14 @@ import yaml
 
 # %% ../../nbs/base/03_settings.ipynb #c005
 def setting(default: object, help: str, *, low: float = -math.inf, high: float = math.inf,
-            choices: Sequence[str] = (), of: Sequence[str] = (), recorded: bool = True) -> Field:
+            choices: Sequence[str] = (), of: Sequence[str] = (), recorded: bool = True, path: bool = False) -> Field:
     """A dataclass field with its default, what it means and what is allowed.
 
     low, high: range of a number, both ends included; choices: of a text; of: choices for the entries of a list;
-    recorded: whether the manifest shows it (False: it changes no result).
+    recorded: whether the manifest shows it (False: it changes no result); path: whether it names files or folders.
     """
-    facts = {"help": help, "low": low, "high": high, "choices": tuple(choices), "of": tuple(of), "recorded": recorded}
+    facts = {"help": help, "low": low, "high": high, "choices": tuple(choices), "of": tuple(of), "recorded": recorded,
+             "path": path}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
     return field(default=default, metadata=facts)

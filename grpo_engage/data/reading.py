@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..base.storage import whole_path
 from grpo_engage.data.rows import (
     NUMBER_FIELDS,
     OPTIONAL_FIELDS,
@@ -239,7 +240,7 @@ def read_pairs(path: str | Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     lines are not rows. Raises FileNotFoundError, IsADirectoryError, PermissionError or ValueError for a file that
     cannot be read at all: the message names it and says what to do.
     """
-    path = Path(path).expanduser()
+    path = whole_path(path, "data_path")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder. Give the path of one .jsonl, .jsonl.gz, .csv or .parquet file.")
     if not path.exists():
