@@ -41,6 +41,11 @@ def as_type(value: object, kind: type) -> object:
     """`value`, read as YAML where it is a text and `kind` is another type; unchanged where that cannot be read."""
     if not isinstance(value, str) or kind is str:
         return value
+    if kind is list:
+        try:
+            return json.loads(value)  # PyYAML takes JSON's "\ud83d\ude00", one emoji, for two broken characters
+        except ValueError:
+            pass  # [a, b]: YAML alone
     try:
         read = yaml.safe_load(value)
         return float(read) if isinstance(read, str) and kind is float else read

@@ -110,7 +110,7 @@ def preset_file(name: str, beside: Path | None = None) -> Path:
     Raises: ValueError for an unknown preset, with the nearest known one.
     """
     if name.endswith((".yaml", ".yml")):
-        path = whole_path(beside / name if beside and not name.startswith("~") else name, "preset")
+        path = whole_path(beside / name if beside and not name.startswith("~/") else name, "preset")
         if not path.is_file():
             raise ValueError(f"preset {name!r}: there is no such file")
         return path.resolve()
