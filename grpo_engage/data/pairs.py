@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..base.core import child_seed, say, stage_manifest, write_csv, write_parquet
 from ..base.plots import savefig, style
+from ..base.storage import whole_path
 from .reading import read_tables
 from .rows import NUMBER_FIELDS, PairTables, derive_conversation_id
 from .settings import DataSettings
@@ -146,7 +147,7 @@ def data_stage(run_dir: Path, settings: DataSettings | None = None, **changes: o
         raise ValueError(f"source is {given.source!r} and data_path {data_path!r}: use source 'file' with a data_path, "
                          "or source 'simulator' without")
     shares = check_fractions(given.fractions)
-    inputs = [Path(data_path).expanduser()] if data_path else []
+    inputs = [whole_path(data_path, "data_path")] if data_path else []
     with stage_manifest(folder, "data", given.recorded(), inputs) as manifest:
         if given.source == "file":
             accepted, counts = _read(data_path, folder)

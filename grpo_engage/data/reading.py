@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ..base.storage import whole_path
 from .csv_records import TextLines, delimiter_of, next_record, read_records
 from .lines import MAX_LINE_BYTES, byte_lines, not_utf8, open_bytes
 from grpo_engage.data.rows import (
@@ -186,7 +187,7 @@ _READERS = {".jsonl": _read_json_lines, ".csv": _read_csv, ".tsv": _read_csv, ".
 
 def read_tables(path: str | Path) -> PairTables:
     """The file's rows as `PairTables`: `tables()` as `read_pairs` returns them, and `mended`, counts of rows."""
-    path = Path(path).expanduser()
+    path = whole_path(path, "data_path")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder. Give the path of one .jsonl, .jsonl.gz, .csv or .parquet file.")
     if not path.exists():

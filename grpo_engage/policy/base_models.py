@@ -38,7 +38,9 @@ from transformers import (
 from ..base.core import atomic_folder, child_seed, file_sha256, models_dir, progress, say, write_json
 from ..base.environment import thread_limit
 from ..base.source_code import definitions_used
+from ..base.storage import whole_path
 from ..data.simulator import simulate_text
+from .settings import is_folder_name
 
 # %% ../../nbs/policy/00_base_models.ipynb #c004
 def quiet_libraries() -> None:
@@ -242,7 +244,7 @@ def ensure_policy(name: str) -> Path | str:
     builders = {"nano": (f"nano-{nano_key()}", _build_nano),
                 "smollm2-135m": (f"smollm2-135m-{SMOLLM2_SHA256[:12]}", _build_smollm2)}
     if name not in builders:
-        return Path(name) if Path(name).is_dir() else name
+        return whole_path(name, "policy") if is_folder_name(name) else name
     folder_name, build = builders[name]
     folder = models_dir() / folder_name
     if not (folder / "provenance.json").exists():

@@ -21,7 +21,7 @@ from ..base.core import REPO_ROOT, read_json, say, write_json
 from ..base.environment import launcher, own_environment
 from ..base.processes import end_with
 from ..base.settings import default_of, described
-from ..base.storage import check_writable
+from ..base.storage import check_path, check_writable, whole_path
 from ..evaluation.settings import check_participants
 from grpo_engage.run.graph import (
     STAMP,
@@ -38,9 +38,11 @@ from .settings import STAGES, load_preset, notebook_of, resolve_config, user_par
 
 # %% ../../nbs/run/02_cli.ipynb #c004
 def run_folder(name: str) -> Path:
-    """The folder of the run `name`; a name with a slash, a leading dot or odd characters is refused."""
-    if not name or not name[0].isalnum() or not all(c.isalnum() or c in "-_." for c in name):
-        raise ValueError(f"{name!r} is no name for a run: use letters, digits, '-', '_' and '.'")
+    """The folder of the run `name`. Raises: ValueError for a name that is not one visible folder's on one line."""
+    check_path(name, "--run")
+    if name.splitlines() != [name] or name[0] == "." or "/" in name or len(name.encode()) > 255:
+        raise ValueError(f"{name[:80]!r} is no name for a run (--run, else the preset's): it names one folder, "
+                         "without slash or line break, with no dot first, of at most 255 bytes")
     return Path(os.environ.get("GRPO_ENGAGE_RUNS") or REPO_ROOT / "outputs" / "runs") / name
 
 # %% ../../nbs/run/02_cli.ipynb #c007
@@ -100,7 +102,7 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
     """Resolve preset and overrides; nothing is written yet."""
     overrides = list(args.parameter or [])
     if args.data:
-        path = Path(args.data).expanduser().resolve()
+        path = whole_path(args.data, "--data")
         if not path.is_file():
             raise ValueError(f"--data {args.data}: there is no such file")
         overrides = ["data.source=file", f"data.data_path={path}", *overrides]
@@ -300,13 +302,14 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. What a user got wrong is one line on stderr, never a traceback."""
     args = _parser().parse_args(arguments)
-    for name in ("GRPO_ENGAGE_RUNS", "GRPO_ENGAGE_MODELS"):  # the stages run in other folders
-        if os.environ.get(name):
-            os.environ[name] = str(Path(os.environ[name]).resolve())
     try:
         if launcher():
             raise ValueError(f"started by {launcher()}, this command would do everything in each process: give it "
                              "alone, with -p n_processes=2 (or more); it starts those itself (-p accelerate_config)")
+        check_path(REPO_ROOT, "the folder of grpo_engage")
+        for name in ("GRPO_ENGAGE_RUNS", "GRPO_ENGAGE_MODELS"):  # the stages run in other folders
+            if os.environ.get(name):
+                os.environ[name] = str(whole_path(os.environ[name], name))
         return args.function(args)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from here", file=sys.stderr)

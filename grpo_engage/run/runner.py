@@ -217,6 +217,8 @@ def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *,
                "--directory", str(run_dir), "--configfile", str(config), "--rerun-incomplete",
                "--cores", str(thread_limit() or "all"), "--workflow-profile", "none",
                *(["--profile", profile] if profile else []),
+               # we hold the run's lock; Snakemake's own outlives a kill, and takes braces in a path for wildcards
+               "--nolock",
                # what a change reaches is decided by content (run/04_graph), and said by a stamp that is missing
                "--rerun-triggers", "mtime"]
     environment = own_environment(run_dir / LIBRARIES) | {
@@ -224,18 +226,11 @@ def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *,
     with open(run_dir / "snakemake.log", "a+", encoding="utf-8") as log:
         start = log.seek(0, os.SEEK_END)
 
-        def call(*arguments: str, output=None) -> int:
-            return subprocess.run([*command, *arguments], stdout=output, stderr=log, stdin=subprocess.DEVNULL,
-                                  pass_fds=(lock,), env=environment).returncode
-        locks = run_dir / ".snakemake" / "locks"
-        if locks.is_dir() and any(locks.iterdir()):
-            call("--unlock", output=log)  # we hold the file lock, so this one was left behind by a kill
-        if dry_run:
-            code = call("--dry-run", "--quiet", "host", "progress", "--", *targets)
-        else:
-            code = call(*(["--allowed-rules", only] if only else []), "--", *targets)
+        how = ["--dry-run", "--quiet", "host", "progress"] if dry_run else ["--allowed-rules", only] if only else []
+        done = subprocess.run([*command, *how, "--", *targets], stderr=log, stdin=subprocess.DEVNULL,
+                              pass_fds=(lock,), env=environment)
         log.seek(start)
-        return code, log.read()
+        return done.returncode, log.read()
 
 # %% ../../nbs/run/01_runner.ipynb #c021
 _OWN_ERROR = re.compile(r"^error: .*(?:\n  .*)*", re.MULTILINE)
