@@ -35,14 +35,17 @@ from .trainer import ReplyTrainer
 from .watching import Watch, WatchReplies, reporting
 
 # %% ../../nbs/train/05_arm_training.ipynb #c005
-def trl_reward(reward: RewardFunction, name: str = "reward", reward_pass_threshold: float = 0.0) -> Callable:
+def trl_reward(reward: RewardFunction, name: str = "reward", reward_pass_threshold: float = 0.0,
+               tokenizer: PreTrainedTokenizerBase | None = None) -> Callable:
     """`reward` (posts, replies) -> (n,) as a TRL reward function on data sets with a `post` column.
 
     reward_pass_threshold > 0: 1.0 where the reward is at least that, else 0.0, so that max_at_k follows Pass@k itself.
+    tokenizer: the policy's, so that completions are cleaned of its special tokens as in the evaluation.
     """
     def scored(completions: list[str], post: list[str], trainer_state=None, **_) -> list[float]:
         step = trainer_state.global_step + 1 if trainer_state is not None else 0
-        values = checked_scores(reward, post, [clean_text(completion) for completion in completions], step, name)
+        replies = [clean_text(completion, tokenizer) for completion in completions]
+        values = checked_scores(reward, post, replies, step, name)
         return (values >= reward_pass_threshold).astype(float).tolist() if reward_pass_threshold else values.tolist()
 
     scored.__name__ = name
@@ -94,8 +97,8 @@ def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, see
 
 # %% ../../nbs/train/05_arm_training.ipynb #c018
 def training_rows(examples: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, objective: Objective, needed: int,
-                  instruction: str = INSTRUCTION) -> Dataset:
-    """`examples` (columns tweet and, for alpha > 0, reply) as prompt, post and reference.
+                  instruction: str = INSTRUCTION, room: int = 0) -> Dataset:
+    """`examples` (columns tweet and, for alpha > 0, reply) as prompt (see `format_prompt`), post and reference.
 
     needed: posts (or, where nothing is generated, references) of a step. Raises: ValueError where there are too few.
     """
@@ -109,7 +112,7 @@ def training_rows(examples: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, ob
     elif len(examples) < needed:  # TRL's sampler drops what does not fill a batch: here that would be everything
         examples = pd.concat([examples] * -(-needed // len(examples)))
     posts = examples["tweet"].tolist()
-    columns = {"prompt": [format_prompt(post, tokenizer, instruction) for post in posts], "post": posts}
+    columns = {"prompt": [format_prompt(post, tokenizer, instruction, room) for post in posts], "post": posts}
     if objective.alpha:
         columns["reference"] = [clean_text(reply, tokenizer) for reply in examples["reply"]]
     return Dataset.from_dict(columns)
@@ -134,9 +137,10 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
         adapter = {}
     credit, generates = settings.credit, bool(objective.beta or objective.lam)
     needed = settings.sampling.posts_per_step if generates else settings.optimiser.batch_size
+    rows = training_rows(examples, tokenizer, objective, needed, instruction, settings.sampling.max_new_tokens)
+    scored = trl_reward(reward, "reward", credit.reward_pass_threshold, tokenizer) if objective.beta else None
     trainer = ReplyTrainer(
-        model, trl_reward(reward, reward_pass_threshold=credit.reward_pass_threshold) if objective.beta else None,
-        arguments, training_rows(examples, tokenizer, objective, needed, instruction), objective=objective,
+        model, scored, arguments, rows, objective=objective,
         kl_weight=credit.kl_weight if objective.beta else 0.0, advantage=credit.advantage, max_k=credit.max_k or None,
         diversity_metric=set_function or credit.diversity_metric, advantage_clip=credit.advantage_clip or None,
         policy_every=credit.policy_every, max_length=settings.optimiser.max_length, processing_class=tokenizer,

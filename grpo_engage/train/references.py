@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..policy.model_files import reply_ids
+
 # %% ../../nbs/train/07_references.ipynb #c004
 def reference_ids(row: Mapping, tokenizer: PreTrainedTokenizerBase, max_length: int = 512
                   ) -> tuple[list[int], list[int]]:
@@ -22,9 +24,9 @@ def reference_ids(row: Mapping, tokenizer: PreTrainedTokenizerBase, max_length: 
     if not isinstance(row["prompt"], str) or not isinstance(row["reference"], str) or not row["reference"]:
         raise ValueError("prompt and reference must be texts (see format_prompt), and no reference empty; got "
                          f"{str(row)[:200]}")
-    reply = tokenizer(row["reference"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    reply = reply[: max_length // 2]
+    reply = reply_ids(row["reference"], tokenizer)[: max_length // 2]
     prompt = tokenizer(row["prompt"])["input_ids"][len(reply) - max_length :]
+    reply = reply[: tokenizer.model_max_length - len(prompt)]  # beyond the context there is nothing to learn
     return prompt + reply, [-100] * len(prompt) + reply
 
 # %% ../../nbs/train/07_references.ipynb #c008
