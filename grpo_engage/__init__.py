@@ -27,6 +27,7 @@ _NAMES = {
     "train.objective": ("Objective",),
     "train.advantages": ("group_advantage", "leave_one_out_advantage", "max_at_k_advantage"),
     "train.trainer": ("ReplyTrainer",),
+    "train.reference_trainer": ("ReplyConfig",),
     "train.settings": ("TrainSettings",),
     "train.arm_training": ("train_arm",),
     "evaluation.post_metrics": ("metrics_by_post",),

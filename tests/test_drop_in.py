@@ -243,7 +243,8 @@ def test_rewards_of_none_and_one_reply_in_evaluation(tmp_path, advantage):
         return [None if place % 4 == 0 else float(len(text)) for place, text in enumerate(completions)]
 
     trainer = made(tmp_path, GRPO, rewards=silent, max_steps=1, evaluated=Dataset.from_list(POSTS),
-                   num_generations_eval=1, trainer={"advantage": advantage, "max_k": 3 if advantage == "max_at_k" else None})
+                   num_generations_eval=1,
+                   trainer={"advantage": advantage, "max_k": 3 if advantage == "max_at_k" else None})
     trainer.train()
     assert math.isfinite(trainer.evaluate()["eval_loss"])
     only = advantages_of(made(tmp_path, GRPO, trainer={"advantage": advantage}), [np.nan, 0.1, 0.5, 0.2])

@@ -20,7 +20,7 @@ from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.evaluation.generation import plan_jobs
 from grpo_engage.evaluation.scoring import arms_reward
 from grpo_engage.evaluation.settings import EvaluationSettings
-from grpo_engage.policy import sampling
+from grpo_engage.policy import model_files, sampling
 from grpo_engage.policy.replies import instruction_of, loading_options
 from grpo_engage.rewards.engagement_model import EngagementRewardModel
 from grpo_engage.rewards.settings import RewardChoice
@@ -241,7 +241,7 @@ def test_loading_and_instruction_of_a_run_come_from_its_policy():
 def test_a_revision_reaches_transformers(monkeypatch):
     assert sampling.loading_settings(revision="v1")["revision"] == "v1"
     heard = []
-    monkeypatch.setattr(sampling.AutoTokenizer, "from_pretrained",
+    monkeypatch.setattr(model_files.AutoTokenizer, "from_pretrained",
                         lambda *_, **named: heard.append(named) or (_ for _ in ()).throw(OSError("enough")))
     with pytest.raises(OSError):
         sampling.load_policy("x", revision="v1")

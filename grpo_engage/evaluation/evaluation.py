@@ -78,7 +78,7 @@ def generate(run_dir: Path, posts: dict[str, pd.DataFrame], known_posts: Sequenc
                                           lambda: arms_reward(run_dir, trained))
         frames += [frame] if len(frame) else []
         costs += [cost] if cost else []
-        notes += [note] if note else []
+        notes += [note] if note and note not in notes else []
     taken = {job.arm for job in jobs} | {"base", *RIVALS}
     for path in map(Path, settings.arm_files):
         name = arm_file_name(path, taken)

@@ -182,7 +182,7 @@ def reward_tables(replies: Sequence[tuple[int, ...]], prompts: Sequence[str]) ->
 def tiny_trainer(objective: Objective, *, words: int = 2, length: int = 2, k: int = 2, posts: int = 1,
                  micro_batches: int = 1, kl_reference: GPT2LMHeadModel | None = None,
                  trainer_class: type[EnumeratedTrainer] = EnumeratedTrainer, loss_type: str = "dr_grpo",
-                 scale_rewards: str = "group", corrected_kl: bool = True, **settings) -> EnumeratedTrainer:
+                 scale_rewards: str | None = None, corrected_kl: bool = True, **settings) -> EnumeratedTrainer:
     """An `EnumeratedTrainer` of a tiny policy with `posts` posts (1 or 2), groups of `k`, and a table of rewards.
 
     kl_reference: the frozen policy of the KL term (goes with `kl_weight` in settings). corrected_kl: TRL's
@@ -195,14 +195,12 @@ def tiny_trainer(objective: Objective, *, words: int = 2, length: int = 2, k: in
         return [tables[prompt][tuple(ids)] for prompt, ids in zip(prompts, completion_ids, strict=True)]
 
     folder = tempfile.mkdtemp(prefix="grpo_engage_enumeration_")  # its life ends with the trainer's, below
-    if kl_reference is not None:
-        model.save_pretrained(folder)  # TRL loads its reference from where the policy came from
-        model.config._name_or_path = folder
     size = posts * k // micro_batches if posts * k % micro_batches == 0 else k
     arguments = GRPOConfig(
         folder, num_generations=k, per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches,
         max_completion_length=length, bf16=False, use_cpu=True, gradient_checkpointing=False, loss_type=loss_type,
-        temperature=1.0, report_to="none", beta=0.0, scale_rewards=scale_rewards,
+        temperature=1.0, report_to="none", beta=0.0,
+        scale_rewards=scale_rewards or ("group" if settings.get("advantage", "group") == "group" else "batch"),
         use_bias_correction_kl=corrected_kl)
     rows = [{"prompt": prompt, "reference": reference} for prompt, reference in TINY_POSTS[:posts]]
     trainer = trainer_class(model, [reward], arguments, Dataset.from_list(rows),

@@ -23,6 +23,7 @@ from ..base.core import child_seed, say, write_parquet
 from ..base.plots import arm_style, style
 from ..data.gold import gold_appeal
 from ..evaluation.scoring import BLOCKING_GUARDS
+from ..policy.model_files import reply_ids
 from grpo_engage.policy.sampling import (
     clean_text,
     format_prompt,
@@ -97,8 +98,8 @@ def kl_of_replies(model, reference, tokenizer, posts: Sequence[str], replies: Se
     for first in range(0, len(posts), batch_size):
         part = slice(first, first + batch_size)
         before = [tokenizer(format_prompt(post, tokenizer))["input_ids"] for post in posts[part]]
-        after = [tokenizer(clean_text(reply, tokenizer), add_special_tokens=False)["input_ids"]
-                 + [tokenizer.eos_token_id] * bool(end) for reply, end in zip(replies[part], ended[part], strict=True)]
+        after = [reply_ids(clean_text(reply, tokenizer), tokenizer)[: None if end else -1]
+                 for reply, end in zip(replies[part], ended[part], strict=True)]
         rows = [torch.tensor(p + r) for p, r in zip(before, after, strict=True)]
         ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id).to(model.device)
         real = pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True).to(model.device)

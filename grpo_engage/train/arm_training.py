@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOConfig
 
 from ..base.core import device_and_dtype, file_sha256
 from ..base.environment import as_one_process
@@ -30,20 +29,24 @@ from ..policy.settings import INSTRUCTION, Loading
 from ..text.diversity import SetFunction
 from .loop import WarnOfTrouble, lora_config, prepare_checkpoints, run_trainer
 from .objective import Objective
+from .reference_trainer import ReplyConfig
 from .settings import Optimiser, Sampling, TrainSettings, check_training
 from .stopping import LastStep, RewardError, RewardFunction, checked_scores
 from .trainer import ReplyTrainer
 from .watching import Watch, WatchReplies, reporting
 
 # %% ../../nbs/train/05_arm_training.ipynb #c005
-def trl_reward(reward: RewardFunction, name: str = "reward", reward_pass_threshold: float = 0.0) -> Callable:
+def trl_reward(reward: RewardFunction, name: str = "reward", reward_pass_threshold: float = 0.0,
+               tokenizer: PreTrainedTokenizerBase | None = None) -> Callable:
     """`reward` (posts, replies) -> (n,) as a TRL reward function on data sets with a `post` column.
 
     reward_pass_threshold > 0: 1.0 where the reward is at least that, else 0.0, so that max_at_k follows Pass@k itself.
+    tokenizer: the policy's, so that completions are cleaned of its special tokens as in the evaluation.
     """
     def scored(completions: list[str], post: list[str], trainer_state=None, **_) -> list[float]:
         step = trainer_state.global_step + 1 if trainer_state is not None else 0
-        values = checked_scores(reward, post, [clean_text(completion) for completion in completions], step, name)
+        replies = [clean_text(completion, tokenizer) for completion in completions]
+        values = checked_scores(reward, post, replies, step, name)
         return (values >= reward_pass_threshold).astype(float).tolist() if reward_pass_threshold else values.tolist()
 
     scored.__name__ = name
@@ -72,22 +75,24 @@ def sampling_engine(sampling: Sampling) -> dict[str, object]:
     return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": sampling.vllm_memory}
 
 # %% ../../nbs/train/05_arm_training.ipynb #c015
-def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, seed: int) -> GRPOConfig:
+def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, seed: int) -> ReplyConfig:
     """TRL's settings for training `objective` by `settings`, with checkpoints below `folder`."""
     optimiser, sampling, credit = settings.optimiser, settings.sampling, settings.credit
     generates, share = bool(objective.beta or objective.lam), settings.share(objective, world_size())
     micro = micro_batch(share, optimiser)
     device, dtype = device_and_dtype()
-    return GRPOConfig(
+    return ReplyConfig(
+        generates=generates,
         output_dir=str(Path(folder) / "checkpoints"), seed=seed,
         max_steps=optimiser.max_steps, learning_rate=settings.learning_rate(objective),
         lr_scheduler_type="constant_with_warmup" if objective.beta and optimiser.warmup_steps else
         "constant" if objective.beta else "linear", warmup_steps=optimiser.warmup_steps,
         per_device_train_batch_size=micro, gradient_accumulation_steps=share // micro,
         gradient_checkpointing=optimiser.gradient_checkpointing, weight_decay=0.0, max_grad_norm=1.0,
-        num_generations=sampling.num_generations if generates else share * world_size(),
+        num_generations=sampling.num_generations,
         max_completion_length=sampling.max_new_tokens, temperature=sampling.temperature, top_p=1.0, top_k=0, beta=0.0,
-        loss_type=credit.loss_type, scale_rewards="group", num_iterations=credit.num_iterations,
+        loss_type=credit.loss_type, num_iterations=credit.num_iterations if generates else 1,
+        scale_rewards="group" if credit.advantage == "group" else "batch",
         save_strategy="steps", save_steps=optimiser.save_steps, save_total_limit=2, logging_steps=1,
         logging_nan_inf_filter=False, disable_tqdm=True, dataloader_num_workers=0,
         bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu",
@@ -95,10 +100,10 @@ def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, see
 
 # %% ../../nbs/train/05_arm_training.ipynb #c018
 def training_rows(examples: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, objective: Objective, needed: int,
-                  instruction: str = INSTRUCTION) -> Dataset:
-    """`examples` (columns tweet and, for alpha > 0, reply) as prompt, post and reference.
+                  instruction: str = INSTRUCTION, room: int = 0) -> Dataset:
+    """`examples` (columns tweet and, for alpha > 0, reply) as prompt (see `format_prompt`), post and reference.
 
-    needed: posts (or, where nothing is generated, references) of a step. Raises: ValueError where there are too few.
+    needed: posts of a step, where replies are sampled. Raises: ValueError where there are too few.
     """
     if not objective.alpha:
         examples = examples.drop_duplicates("tweet")
@@ -107,10 +112,8 @@ def training_rows(examples: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, ob
     if objective.beta or objective.lam:
         if (posts := examples["tweet"].nunique()) < needed:
             raise ValueError(f"posts_per_step={needed}, but there are only {posts} different posts")
-    elif len(examples) < needed:  # TRL's sampler drops what does not fill a batch: here that would be everything
-        examples = pd.concat([examples] * -(-needed // len(examples)))
     posts = examples["tweet"].tolist()
-    columns = {"prompt": [format_prompt(post, tokenizer, instruction) for post in posts], "post": posts}
+    columns = {"prompt": [format_prompt(post, tokenizer, instruction, room) for post in posts], "post": posts}
     if objective.alpha:
         columns["reference"] = [clean_text(reply, tokenizer) for reply in examples["reply"]]
     return Dataset.from_dict(columns)
@@ -134,11 +137,12 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
     else:  # goes on training; TRL copies it as the frozen "ref"
         model, tokenizer = load_adapted(base, warm_start, trainable=True, **loading)
         adapter = {}
-    credit, generates = settings.credit, bool(objective.beta or objective.lam)
-    needed = settings.sampling.posts_per_step if generates else settings.optimiser.batch_size
+    credit = settings.credit
+    rows = training_rows(examples, tokenizer, objective, settings.sampling.posts_per_step, instruction,
+                         settings.sampling.max_new_tokens)
+    scored = trl_reward(reward, "reward", credit.reward_pass_threshold, tokenizer) if objective.beta else None
     trainer = ReplyTrainer(
-        model, trl_reward(reward, reward_pass_threshold=credit.reward_pass_threshold) if objective.beta else None,
-        arguments, training_rows(examples, tokenizer, objective, needed, instruction), objective=objective,
+        model, scored, arguments, rows, objective=objective,
         kl_weight=credit.kl_weight if objective.beta else 0.0, advantage=credit.advantage, max_k=credit.max_k or None,
         diversity_metric=set_function or credit.diversity_metric, advantage_clip=credit.advantage_clip or None,
         policy_every=credit.policy_every, max_length=settings.optimiser.max_length, processing_class=tokenizer,

@@ -23,6 +23,7 @@ from ..base.core import child_seed, device_and_dtype, read_json, write_json
 from ..base.environment import as_one_process
 from ..base.trainer_lines import ProgressLines
 from ..policy.base_models import quiet_libraries
+from ..policy.model_files import end_of_turn
 from ..policy.sampling import clean_text, format_prompt, load_policy
 from ..rewards.pairwise import training_pairs
 
@@ -79,13 +80,13 @@ class CausalReward:
         """Bradley–Terry scores; differences are log-odds between replies to one post. ValueError: unequal lengths."""
         if len(posts) != len(replies):
             raise ValueError(f"{len(posts)} posts but {len(replies)} replies: give one post for each reply")
-        end = self.tokenizer.eos_token
+        end = self.tokenizer.convert_ids_to_tokens(end_of_turn(self.tokenizer))
         texts = [format_prompt(post, self.tokenizer) + clean_text(reply, self.tokenizer) + end
                  for post, reply in zip(posts, replies, strict=True)]
         found = np.zeros(len(texts))
         for chosen in _by_length(texts, batch_size):
             batch = self.tokenizer([texts[place] for place in chosen], padding=True, padding_side="right",
-                                   return_tensors="pt", add_special_tokens=False).to(self.model.device)
+                                   truncation=True, return_tensors="pt").to(self.model.device)
             with torch.no_grad():
                 values = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             found[chosen] = values.squeeze(-1).float().cpu().numpy()
@@ -142,6 +143,7 @@ def train_causal_reward(base: str | Path, pairs: pd.DataFrame, labels: pd.DataFr
     found = training_pairs(pairs["conversation_id"], labels, seed=seed, control=control)
     rows = preference_dataset(pairs, found, tokenizer, pairs_per_post, seed)
     arguments = _training_arguments(folder, max_steps, epochs, batch_size, learning_rate, max_length, seed)
+    arguments.eos_token = tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer))  # as `CausalReward.logits` has it
     torch.manual_seed(child_seed(seed, "output") % 2**31)  # transformers draws the new output from the global stream
     trainer = RewardTrainer(
         model=_classifier(base, tokenizer), args=arguments, train_dataset=rows, processing_class=tokenizer,

@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 from trl import GRPOConfig
 
+from ..policy.model_files import end_of_turn
 from .loop import EpochSampler
 from grpo_engage.train.references import (
     REFERENCE_METRICS,
@@ -131,8 +132,9 @@ class ReferenceTrainer(SafeGRPOTrainer):
 
     @property
     def _ends(self) -> list[int]:
-        """The tokens that end a turn; first the one that references end with."""
-        first = self._tokenizer.eos_token_id
+        """The tokens that end a turn; first that of references: the chat template's, if sampling stops there."""
+        first = end_of_turn(self._tokenizer)
+        first = first if first in self.eos_token_ids else self._tokenizer.eos_token_id
         return [first, *(token for token in self.eos_token_ids if token != first)]
 
     def _set_signature_columns_if_needed(self) -> None:

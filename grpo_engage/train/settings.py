@@ -82,7 +82,7 @@ class Optimiser(Settings):
     gradient_accumulation: int = setting(8, "micro-batches of a step, divides its replies; 0: as few as fit", low=0,
                                          high=4096)
     gradient_checkpointing: bool = setting(False, "less memory, a third more time")
-    max_length: int = setting(512, "longest prompt with its reference, in tokens; a reference takes at most half",
+    max_length: int = setting(512, "longest prompt with its reference, in tokens; a reference loses what is beyond",
                               low=8, high=131072)
     save_steps: int = setting(10, "a checkpoint every so many steps", low=1, high=1000000)
 

@@ -209,7 +209,7 @@ class ReplyTrainer(ReferenceTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         texts = [text if isinstance(text, str) else text[-1]["content"] or "" for text in completions]
         # a group may straddle processes: everybody sees all texts, as TRL does with the rewards
-        self._scored = rewards, gather_object([clean_text(text) for text in texts])
+        self._scored = rewards, gather_object([clean_text(text, self._tokenizer) for text in texts])
         return rewards
 
     def _generate_and_score_completions(self, inputs):
