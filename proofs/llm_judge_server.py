@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx2
 
-from grpo_engage.judges.llm_client import Endpoint
+from grpo_engage.judges.endpoint import Endpoint
 from grpo_engage.judges.llm_judging import judge_run
 from grpo_engage.policy.base_models import ensure_policy
 
