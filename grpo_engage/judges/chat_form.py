@@ -77,8 +77,8 @@ def refusal(content: bytes) -> tuple[list[str], str]:
 
 # %% ../../nbs/judges/07_chat_form.ipynb #c011
 _TOO_LARGE = re.compile(r"too (?:large|high|big|many)|maximum (?:context|value|allowed|number)|at most|exceed|"
-                        r"less than|context (?:length|window|size)|<=|≤|greater than|up to \d", re.IGNORECASE)
-_OF_THE_QUESTION = re.compile(r"context|prompt|input", re.IGNORECASE)
+                        r"less than|context (?:length|window|size)|<=|≤|(?:greater|larger) than|valid range|range of|up to \d", re.IGNORECASE)
+_OF_THE_QUESTION = re.compile(r"context|prompt|input(?! should)", re.IGNORECASE)
 _REFUSED = re.compile(r"support|unknown|unrecogni[sz]ed|unexpected|permitted|forbidden|allowed|extra|invalid|"
                       r"cannot find|only the default|no such|deprecated|must |should |expected|incompatible|available|"
                       r"reject|disabled|not (?:valid|recogni[sz]ed|accepted|implemented)|instead", re.IGNORECASE)
@@ -119,8 +119,8 @@ def adapt(form: Form, body: dict, content: bytes, endpoint: Endpoint) -> bool:
         form.changes.append("the system message is part of the user's")
         return True
     name = _named(fields, said, [*(set(body) - {"model", "messages"})])
-    if not name:
-        return False
+    if not name or name not in fields and any(name in message["content"] for message in body["messages"]):
+        return False  # a word of the question that the refusal may only repeat
     if name != form.limit_name:
         form.dropped.add(name)
         form.changes.append(f"{name} is not sent")

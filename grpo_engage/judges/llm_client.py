@@ -144,7 +144,8 @@ def _remedy(endpoint: Endpoint, response: httpx2.Response, has_key: bool) -> str
         return (f"it redirects to {host!r}, which is not followed, as the key would go along: give that address if it "
                 "is the right one")
     if status in (401, 403):
-        return f"check the address and {known}" if has_key else f"it wants a key: put it into the variable {endpoint.key_variable}"
+        return f"check the address and {known}" if has_key else (
+            f"it wants a key: put it into the variable {endpoint.key_variable}")
     if status == 407:
         return "the proxy of the environment (HTTP_PROXY, HTTPS_PROXY) wants a user and a password"
     if status in (404, 405):
@@ -178,10 +179,10 @@ def _send(client: httpx2.Client, endpoint: Endpoint, body: dict, key: str) -> tu
 
 # %% ../../nbs/judges/00_llm_client.ipynb #c014
 def _key(endpoint: Endpoint) -> str:
-    """The key, "" where there is none. Raises ValueError for one that no header can carry, without showing it."""
+    """The key, "" where there is none. Raises RuntimeError for one that no header can carry, without showing it."""
     key = os.environ.get(endpoint.key_variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"the key in {endpoint.key_variable} holds a character that no header can carry")
+        raise RuntimeError(f"the key in {endpoint.key_variable} holds a character that no header can carry")
     return key
 
 

@@ -142,7 +142,7 @@ def _questions(pairs: pd.DataFrame, shown: pd.DataFrame, tried: pd.DataFrame, re
 def _say_estimate(endpoint: Endpoint, expected: dict, max_cost: float) -> None:
     """Say what `expected` (from `LlmJudge.estimate`) comes to, and whether the cap may stop the judge."""
     say(f"{endpoint.model} at {endpoint.url}: {expected['calls']} calls, about ${expected['likely_usd']:.4f}, at most "
-        f"${expected['most_usd']:.4f} without retries and a raised limit; spent before ${expected['spent_usd']:.4f}, cap "
+        f"${expected['most_usd']:.4f} without retries and a raised limit; before: ${expected['spent_usd']:.4f}, cap "
         f"{f'${max_cost:.4f}' if math.isfinite(max_cost) else 'none (this machine)'}")
     if expected["spent_usd"] + expected["most_usd"] > max_cost:
         say("the cap may stop the judge before the end; what it has no answer to is NaN in the tables")
@@ -164,10 +164,11 @@ def _say_missing(reasons: pd.Series, learned: list[str]) -> None:
     if learned:
         say(f"the endpoint wanted it otherwise: {'; '.join(learned)}")
     why = reasons[reasons != ""].value_counts()
-    unasked = why.index.str.startswith("flagged")
-    if len(why) and why.sum() == len(reasons) and not unasked.all():
-        raise RuntimeError(f"there is no verdict and no score, of {len(reasons)}; the commonest reason, "
-                           f"{why[~unasked].iloc[0]} times: {why[~unasked].index[0]}")
+    causes = why[~why.index.str.startswith("flagged")]
+    if len(causes) and why.sum() == len(reasons):
+        first = next((cause for cause in causes.index if not cause.startswith("not asked")), causes.index[0])
+        raise RuntimeError(f"there is no verdict and no score, of {len(reasons)}; the reason, {causes[first]} times: "
+                           f"{first}")
     for reason, count in why.head(3).items():
         say(f"{count} are missing: {reason}")
 
