@@ -77,7 +77,8 @@ def refusal(content: bytes) -> tuple[list[str], str]:
 
 # %% ../../nbs/judges/07_chat_form.ipynb #c011
 _TOO_LARGE = re.compile(r"too (?:large|high|big|many)|maximum (?:context|value|allowed|number)|at most|exceed|"
-                        r"less than|context (?:length|window|size)|<=|≤|(?:greater|larger) than|valid range|range of|up to \d", re.IGNORECASE)
+                        r"less than|context (?:length|window|size)|<=|≤|(?:greater|larger) than|"
+                        r"valid range|range of|up to \d", re.IGNORECASE)
 _OF_THE_QUESTION = re.compile(r"context|prompt|input(?! should)", re.IGNORECASE)
 _REFUSED = re.compile(r"support|unknown|unrecogni[sz]ed|unexpected|permitted|forbidden|allowed|extra|invalid|"
                       r"cannot find|only the default|no such|deprecated|must |should |expected|incompatible|available|"
