@@ -217,12 +217,13 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _judge(args: argparse.Namespace) -> int:
-    from grpo_engage.judges.llm_client import Endpoint
+    from grpo_engage.judges.endpoint import Endpoint
     from grpo_engage.judges.llm_judging import judge_run
 
     if not (run_folder(args.run) / "evaluation" / "generations.parquet").exists():
         raise ValueError(f"there is no run {args.run!r} with an evaluation in {run_folder(args.run).parent}")
-    endpoint = Endpoint(args.url, args.model, args.key_variable, args.price_in, args.price_out)
+    endpoint = Endpoint(args.url, args.model, args.key_variable, args.price_in, args.price_out, args.max_tokens,
+                        args.timeout)
     tables = judge_run(run_folder(args.run), endpoint, versus=args.versus, limit=args.limit, repeats=args.repeats,
                        injected=args.injected, max_cost=args.max_cost)
     for name in ("summary", "agreement", "flips"):
@@ -289,6 +290,9 @@ def _parser() -> argparse.ArgumentParser:
             ("price-in", float, float("nan"), "US dollars for a million tokens read"),
             ("price-out", float, float("nan"), "US dollars for a million tokens written"),
             ("key-variable", str, "GRPO_ENGAGE_JUDGE_KEY", "environment variable that holds the key"),
+            ("max-tokens", int, 1024, "of an answer with its thoughts (default 1024); raised once, eightfold, when an "
+             "answer is cut before its verdict"),
+            ("timeout", float, 120.0, "seconds for a call (default 120)"),
             ("limit", int, 20, "pairs of each arm"), ("repeats", int, 2, "how often each question is asked"),
             ("injected", int, 2, "pairs on which hidden orders are tried"), ("versus", str, "baseline", "the rival")):
         judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)
