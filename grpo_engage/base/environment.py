@@ -14,9 +14,8 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-
-import grpo_engage
 
 # %% ../../nbs/base/07_environment.ipynb #c005
 LAUNCHER = {
@@ -94,7 +93,7 @@ def own_environment(place: Path, environment: Mapping[str, str] | None = None) -
     own |= {"HF_HOME": given.get("HF_HOME") or os.path.join(cache, "huggingface"), "LC_ALL": "C.UTF-8",
             "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}  # the folder where a command is given holds no modules of ours
     # The code of this command, also where another version is installed, or none; and stages run in other folders.
-    paths = [os.path.dirname(grpo_engage.__path__[0]), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [os.path.dirname(find_spec("grpo_engage").submodule_search_locations[0]), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
     own["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(map(os.path.abspath, paths)))
     # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
     return {"OMP_WAIT_POLICY": "PASSIVE"} | without_settings(given) | own
