@@ -4,9 +4,13 @@ SHELL := /bin/bash
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+# Not by itself: the first line of a script that pip writes does not stand every name of the checkout's folder.
+NBDEV := $(BIN)/python $(BIN)/nbdev
 READY := $(VENV)/.ready
 RUN ?= smoke
 PRESET ?= smoke
+# The value of a variable as one word of the shell, whatever is in it; $(value ...): a $ in it is no make variable.
+quoted = '$(subst ','\'',$(value $(1)))'
 # extra arguments for the runner, for example ARGS="-p seed=3"
 ARGS ?=
 export PYTHONDONTWRITEBYTECODE := 1
@@ -30,9 +34,9 @@ install: $(READY)
 
 # The stamp comes last: an installation that was cut off is taken up again.
 $(READY): requirements.lock settings.ini setup.py
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed (the lock file is made for it); found $$($(PYTHON) --version). Name another with PYTHON=path."; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' || { echo "This Python cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
-	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "Python 3.11 is needed (the lock file is made for it); found $$("$(PYTHON)" --version). Name another with PYTHON=path."; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' || { echo "This Python cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
+	test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
@@ -41,32 +45,33 @@ paper: $(READY)
 ifeq ($(RUN),smoke)
 	$(BIN)/python -m grpo_engage run --preset smoke --publish $(ARGS)
 else
-	$(BIN)/python -m grpo_engage paper --run $(RUN)
+	$(BIN)/python -m grpo_engage paper --run=$(call quoted,RUN)
 endif
 
 run: $(READY)
-	$(BIN)/python -m grpo_engage run --preset $(PRESET) $(if $(DATA),--data "$(DATA)") $(if $(filter-out smoke,$(RUN)),--run $(RUN)) $(ARGS)
+	$(BIN)/python -m grpo_engage run --preset=$(call quoted,PRESET) $(if $(value DATA),--data=$(call quoted,DATA)) \
+		$(if $(filter-out smoke,$(value RUN)),--run=$(call quoted,RUN)) $(ARGS)
 
 list: $(READY)
 	$(BIN)/python -m grpo_engage list
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/00_tour.ipynb $(ARGS)
+	$(BIN)/python -m jupyterlab --notebook-dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/00_tour.ipynb $(ARGS)
 
 export: $(READY)
 	find grpo_engage -name "*.py" ! -name __init__.py -delete
-	$(BIN)/nbdev_export
+	$(NBDEV)_export
 	$(BIN)/python -m grpo_engage.run.settings  # writes the parameters cells
 
 clean-notebooks: $(READY)
-	$(BIN)/nbdev_clean
+	$(NBDEV)_clean
 
 # Order: what is quick to fail first; pytest last, its longest file first. Two processes of one thread each: small models
 # gain little from a second thread. `nano` is built beforehand, with all cores, so that no two processes build it at once.
 define checks
 	$(BIN)/ruff check .
 	$(BIN)/python -c 'from grpo_engage.policy.base_models import ensure_policy; ensure_policy("nano")'
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --timing
+	OMP_NUM_THREADS=1 $(NBDEV)_test --n_workers 2 --timing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(1) tests/test_run.py tests/test_run_errors.py tests
 endef
 
@@ -78,7 +83,7 @@ test: $(READY)
 # processes against one. Its last log is committed, without the paths of the machine.
 test-all: $(READY)
 	mkdir -p outputs
-	set -o pipefail; $(MAKE) --no-print-directory everything 2>&1 | sed -u 's#$(CURDIR)#.#g' | tee outputs/test-all.log
+	set -o pipefail; $(MAKE) --no-print-directory everything 2>&1 | $(BIN)/python -uc 'import os, sys; [sys.stdout.buffer.write(line.replace(os.getcwdb(), b".")) for line in sys.stdin.buffer]' | tee outputs/test-all.log
 	cp outputs/test-all.log docs/test-all.log
 
 everything: $(READY)

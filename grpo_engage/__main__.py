@@ -8,8 +8,11 @@ __all__ = []
 # %% ../nbs/run/03_main.ipynb #c002
 import sys
 
-from .run.cli import main
+from .base.environment import undo_start_settings
 
 # A notebook's cells run in a module that is called __main__ too, but has no file.
 if __name__ == "__main__" and "__file__" in globals():
+    undo_start_settings()  # first: what hides a module of Python would hide it from the next line too
+    from grpo_engage.run.cli import main
+
     sys.exit(main())

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx2
 
-from grpo_engage.judges.llm_client import Endpoint
+from grpo_engage.judges.endpoint import Endpoint
 from grpo_engage.judges.llm_judging import judge_run
 from grpo_engage.policy.base_models import ensure_policy
 
@@ -54,7 +54,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8093)
     args = parser.parse_args()
     model, log = ensure_policy("smollm2-135m"), Path(tempfile.mkdtemp(prefix="grpo_engage_serve_")) / "server.log"
-    endpoint = Endpoint(f"http://127.0.0.1:{args.port}/v1", str(model), timeout=120)
+    # so small a model does not end its answers by itself: few tokens, and eight times as many where there is no verdict
+    endpoint = Endpoint(f"http://127.0.0.1:{args.port}/v1", str(model), max_tokens=16)
 
     def judge() -> tuple[dict, int]:
         before = log.read_text().count("POST /v1/chat/completions")

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
+from grpo_engage.judges.endpoint import Endpoint, most_tokens
 from grpo_engage.judges.injections import INJECTIONS, as_data, flag_injection
-from grpo_engage.judges.llm_client import Endpoint, Ledger, ask, most_tokens
+from grpo_engage.judges.llm_client import Ledger, ask
 from grpo_engage.judges.llm_judge import (
     LlmJudge,
     agreement_table,
@@ -150,7 +151,7 @@ def test_cap_is_never_passed_whatever_fails(server, judge_at):
     kinds = [good(usage={"prompt_tokens": 20, "completion_tokens": 1}), good(), (500, {}, b""), (200, {}, b"x"),
              good(usage={"prompt_tokens": None})]
     server.plan = [lambda body: kinds[rng.integers(len(kinds))]]
-    terms = {"price_in": 1e4, "price_out": 1e4}
+    terms = {"price_in": 1e4, "price_out": 1e4, "max_tokens": 16}
     most = judge_at(**terms).endpoint.cost(most_tokens(QUESTION), 16)
     judge = judge_at(max_cost=20 * most, **terms)
     judge.LOST_IN_A_ROW = 10**9
@@ -166,12 +167,12 @@ def test_a_killed_call_counts_as_spent(tmp_path):
                f"ledger = Ledger({str(path)!r}); ledger.store('k', 'm', 'A'); ledger.reserve(0.5, 1.0); os._exit(9)")
     assert subprocess.run([sys.executable, "-c", program]).returncode == 9
     ledger = Ledger(path)
-    assert ledger.answer("k") == "A" and ledger.spent == 0.5 and ledger.reserve(0.6, 1.0) is None
+    assert ledger.known("k").text == "A" and ledger.spent == 0.5 and ledger.reserve(0.6, 1.0) is None
     assert sqlite3.connect(path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
 def test_estimate_counts_what_is_new_and_bounds_the_price(server, judge_at):
-    judge = judge_at(price_in=1.0, price_out=2.0)
+    judge = judge_at(price_in=1.0, price_out=2.0, max_tokens=16)
     server.plan = [good(usage={"prompt_tokens": 30, "completion_tokens": 2})]
     questions = [(pair_messages("p", "a", "b"), 0), (pair_messages("p", "b", "a"), 0)]
     before = judge.estimate([*questions, questions[0]])

@@ -56,5 +56,7 @@ def test_what_does_not_fit_together_is_refused(base, pairs, tmp_path, monkeypatc
     with pytest.raises(ValueError, match="package vllm"):
         make_trainer(base, pairs, tmp_path, generation_engine="vllm", **options)
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setattr("grpo_engage.base.processes.launcher", lambda: "torchrun")
+    monkeypatch.setattr("grpo_engage.base.environment.launcher", lambda: "torchrun")  # else the variable is hidden
     with pytest.raises(ValueError, match="n_processes=3 must divide the 8 replies"):
         make_trainer(base, pairs, tmp_path, posts_per_step=2, num_generations=4, **options)

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from .environment import without_settings
+
 # %% ../../nbs/base/00_core.ipynb #c003
 # The folder that holds nbs/ and settings.ini. In a notebook there is no `__file__`; its kernel runs in nbs/base/.
 REPO_ROOT = Path(globals().get("__file__", "../../grpo_engage/base/core.py")).resolve().parents[2]
@@ -161,9 +163,12 @@ _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "
 
 def _git_state() -> dict:
     """Commit and dirty flag of the repository, or nulls with the reason where there is no git or no repository."""
+    environment = without_settings(os.environ) | {"GIT_CONFIG_GLOBAL": os.devnull}
+
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPO_ROOT), *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        # what a user's own configuration has to say of a repository of another owner
+        command = ["git", "-c", f"safe.directory={REPO_ROOT}", "-C", str(REPO_ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError) as error:

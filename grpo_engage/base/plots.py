@@ -52,11 +52,13 @@ def arm_point(arm: str) -> dict[str, str]:
 # %% ../../nbs/base/05_plots.ipynb #c039
 def style() -> None:
     """Set the project's seaborn theme for all figures that follow; in a notebook, let them be shown."""
+    import matplotlib
     import seaborn
 
     if "ipykernel" in sys.modules:  # without this backend a Figure that pyplot did not make is shown as a line of text
         import matplotlib_inline.backend_inline  # noqa: F401
-    seaborn.set_theme(context="paper", style="ticks", palette="colorblind",
+    matplotlib.rcdefaults()  # a user's matplotlibrc may say anything; the theme says only a part
+    seaborn.set_theme(context="paper", style="ticks", palette="colorblind", font="DejaVu Sans",  # comes with matplotlib
                       rc={"pdf.fonttype": 42, "ps.fonttype": 42, "figure.dpi": 110, "savefig.bbox": "tight",
                           "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 

@@ -19,11 +19,12 @@ from pathlib import Path
 import psutil
 
 from .core import REPO_ROOT, say
+from .environment import launcher, own_environment
 
 # %% ../../nbs/base/02_processes.ipynb #c005
 def world_size() -> int:
-    """How many processes train together; 1 outside of `accelerate launch`."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    """How many processes train together; 1 where no launcher has started this one, whatever the environment says."""
+    return int(os.environ.get("WORLD_SIZE") or 1) if launcher() else 1
 
 
 def on_first_process(function: Callable) -> object:
@@ -45,18 +46,17 @@ def on_first_process(function: Callable) -> object:
 def launch_command(n_processes: int, target: Sequence[str], config_file: str | Path = "") -> list[str]:
     """The `accelerate launch` command that runs `target` (a script or `-m module`, and its arguments) n times.
 
-    config_file: relative to the repository; "": several devices of this machine, nothing else. Raises: ValueError for
-    fewer than two processes, FileNotFoundError for a configuration that is not there.
+    config_file: relative to the repository; "": several devices of this machine, nothing else (never accelerate's own
+    default, which is the user's). Raises: ValueError for fewer than two processes, FileNotFoundError for a
+    configuration that is not there.
     """
     if n_processes < 2:
         raise ValueError(f"n_processes must be at least 2 to launch anything, got {n_processes}")
-    place = REPO_ROOT / config_file
-    if config_file and not place.is_file():
+    place = REPO_ROOT / (config_file or "configs/accelerate/several.yaml")
+    if not place.is_file():
         raise FileNotFoundError(f"accelerate_config={str(config_file)!r}: there is no {place}; see configs/accelerate/")
-    how = ["--config_file", str(place)] if config_file else ["--multi_gpu", "--mixed_precision", "no",
-                                                             "--dynamo_backend", "no", "--num_machines", "1"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *how, "--num_processes", str(n_processes),
-            "--main_process_port", "0", *target]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(place), "--num_processes",
+            str(n_processes), "--main_process_port", "0", *target]
 
 # %% ../../nbs/base/02_processes.ipynb #c015
 def end_with(process_id: int, every_seconds: float = 1.0) -> None:
@@ -100,9 +100,8 @@ def run_processes(n_processes: int, target: Sequence[str], folder: Path, label: 
     """
     import torch
 
-    environment = os.environ | {"GRPO_ENGAGE_LAUNCHER": f"{os.uname().nodename}:{os.getpid()}"}
-    # the repository may not be installed, and a notebook's kernel works in nbs/
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO_ROOT), os.environ.get("PYTHONPATH")]))
+    environment = own_environment(Path(folder) / "libraries") | {
+        "GRPO_ENGAGE_LAUNCHER": f"{os.uname().nodename}:{os.getpid()}"}
     if config_file and not torch.cuda.is_available():
         raise ValueError(f"accelerate_config={str(config_file)!r} is for GPUs, and there is none: leave it empty")
     if not torch.cuda.is_available():

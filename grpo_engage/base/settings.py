@@ -18,13 +18,14 @@ import yaml
 
 # %% ../../nbs/base/03_settings.ipynb #c005
 def setting(default: object, help: str, *, low: float = -math.inf, high: float = math.inf,
-            choices: Sequence[str] = (), of: Sequence[str] = (), recorded: bool = True) -> Field:
+            choices: Sequence[str] = (), of: Sequence[str] = (), recorded: bool = True, path: bool = False) -> Field:
     """A dataclass field with its default, what it means and what is allowed.
 
     low, high: range of a number, both ends included; choices: of a text; of: choices for the entries of a list;
-    recorded: whether the manifest shows it (False: it changes no result).
+    recorded: whether the manifest shows it (False: it changes no result); path: whether it names files or folders.
     """
-    facts = {"help": help, "low": low, "high": high, "choices": tuple(choices), "of": tuple(of), "recorded": recorded}
+    facts = {"help": help, "low": low, "high": high, "choices": tuple(choices), "of": tuple(of), "recorded": recorded,
+             "path": path}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
     return field(default=default, metadata=facts)
@@ -40,6 +41,11 @@ def as_type(value: object, kind: type) -> object:
     """`value`, read as YAML where it is a text and `kind` is another type; unchanged where that cannot be read."""
     if not isinstance(value, str) or kind is str:
         return value
+    if kind is list:
+        try:
+            return json.loads(value)  # PyYAML takes JSON's "\ud83d\ude00", one emoji, for two broken characters
+        except ValueError:
+            pass  # [a, b]: YAML alone
     try:
         read = yaml.safe_load(value)
         return float(read) if isinstance(read, str) and kind is float else read

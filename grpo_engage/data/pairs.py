@@ -14,7 +14,8 @@ import pandas as pd
 
 from ..base.core import child_seed, say, stage_manifest, write_csv, write_parquet
 from ..base.plots import savefig, style
-from .reading import read_pairs
+from ..base.storage import whole_path
+from .reading import read_tables
 from .rows import NUMBER_FIELDS, PairTables, derive_conversation_id
 from .settings import DataSettings
 from .simulator import simulate_pairs
@@ -103,7 +104,7 @@ def draw_margins(tables: Mapping[str, pd.DataFrame]):
 
 # %% ../../nbs/01_data.ipynb #c014
 def _simulated(n_conversations: int, seed: int) -> pd.DataFrame:
-    """Simulated pairs in the types of read_pairs, through the same checks."""
+    """Simulated pairs in the types of read_tables, through the same checks."""
     tables = PairTables()
     frame = simulate_pairs(n_conversations, child_seed(seed, "simulate_pairs"))
     for number, record in enumerate(frame.to_dict("records"), start=1):
@@ -115,8 +116,12 @@ def _simulated(n_conversations: int, seed: int) -> pd.DataFrame:
     return accepted
 
 
-def _usable(accepted: pd.DataFrame, rejected: pd.DataFrame, data_path: str, folder: Path) -> None:
-    """Say how many rows were refused and why; ValueError when nothing is left."""
+def _read(data_path: str, folder: Path) -> tuple[pd.DataFrame, dict[str, int]]:
+    """The usable pairs and the counts of rows. Writes rejected.csv; says how many rows were refused and why, and what
+    was mended. ValueError when nothing is left."""
+    tables = read_tables(data_path)
+    accepted, rejected = tables.tables()
+    write_csv(folder / "rejected.csv", rejected)
     kinds = rejected.reason.str.replace(r"line \d+: ", "", regex=True).str.split(":").str[0].value_counts()
     common = "; ".join(f"{count} × {kind}" for kind, count in kinds.head(3).items())
     if accepted.empty:
@@ -124,6 +129,10 @@ def _usable(accepted: pd.DataFrame, rejected: pd.DataFrame, data_path: str, fold
         raise ValueError(f"{data_path} has no usable pair: {detail if len(rejected) else 'it has no rows'}.")
     if len(rejected):
         say(f"data: {len(rejected):,} of {len(accepted) + len(rejected):,} rows rejected ({common}); see rejected.csv")
+    if tables.mended:
+        undone = "; ".join(f"{name} in {count:,} rows" for name, count in tables.mended.most_common())
+        say(f"data: texts that arrived damaged were mended: {undone}")
+    return accepted, {"accepted": len(accepted), "rejected": len(rejected), "mended": dict(tables.mended)}
 
 
 def data_stage(run_dir: Path, settings: DataSettings | None = None, **changes: object) -> pd.DataFrame:
@@ -138,18 +147,17 @@ def data_stage(run_dir: Path, settings: DataSettings | None = None, **changes: o
         raise ValueError(f"source is {given.source!r} and data_path {data_path!r}: use source 'file' with a data_path, "
                          "or source 'simulator' without")
     shares = check_fractions(given.fractions)
-    inputs = [Path(data_path).expanduser()] if data_path else []
+    inputs = [whole_path(data_path, "data_path")] if data_path else []
     with stage_manifest(folder, "data", given.recorded(), inputs) as manifest:
         if given.source == "file":
-            accepted, rejected = read_pairs(data_path)
+            accepted, counts = _read(data_path, folder)
         else:
-            accepted, rejected = _simulated(given.n_conversations, seed), PairTables().tables()[1]
-        write_csv(folder / "rejected.csv", rejected)
-        _usable(accepted, rejected, data_path, folder)
+            accepted = _simulated(given.n_conversations, seed)
+            counts = {"accepted": len(accepted), "rejected": 0}
+            write_csv(folder / "rejected.csv", PairTables().tables()[1])
         kept = sample_conversations(accepted, seed, given.max_conversations, given.max_examples,
                                     given.min_replies_per_post)
-        manifest["counts"] = {"rows": len(accepted) + len(rejected), "accepted": len(accepted),
-                              "rejected": len(rejected), "pairs": len(kept)}  # fmt: skip
+        manifest["counts"] = {"rows": counts["accepted"] + counts["rejected"], **counts, "pairs": len(kept)}
         if kept.empty:
             raise ValueError(f"none of {len(accepted):,} pairs is left: no post has {given.min_replies_per_post} "
                              f"replies, or max_examples={given.max_examples} is less than one conversation")

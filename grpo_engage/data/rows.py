@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['TEXT_FIELDS', 'COUNT_FIELDS', 'DELAY_FIELD', 'NUMBER_FIELDS', 'REQUIRED_FIELDS', 'OPTIONAL_FIELDS', 'PAIR_COLUMNS',
            'MAX_TEXT_CHARACTERS', 'MAX_COUNT', 'MAX_DELAY_SECONDS', 'MAX_ID_CHARACTERS', 'MAX_META_CHARACTERS',
-           'RowError', 'excerpt', 'parse_number', 'parse_text', 'parse_identifier', 'parse_json', 'parse_meta',
-           'derive_conversation_id', 'parse_row', 'PairTables']
+           'RowError', 'excerpt', 'parse_number', 'parse_text', 'parse_identifier', 'unescape_once', 'undo_misreading',
+           'mend', 'parse_json', 'parse_meta', 'derive_conversation_id', 'parse_row', 'rounded_ids', 'PairTables']
 
 # %% ../../nbs/data/03_rows.ipynb #c002
 import hashlib
+import html
 import json
 import math
 import re
 import reprlib
 import unicodedata
+from collections import Counter
+from html.entities import html5
 from typing import Any
 
 import pandas as pd
@@ -84,8 +87,9 @@ def _storable(field: str, value: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError(f"{field} holds a lone surrogate at character {error.start + 1}: {excerpt(value)}") from None
-    if "\0" in value:
-        raise RowError(f"{field} holds a NUL character: {excerpt(value)}")
+    for mark, what in (("\0", "a NUL character"), ("\ufffd", "U+FFFD, the mark of a character lost before")):
+        if mark in value:
+            raise RowError(f"{field} holds {what}: {excerpt(value)}")
     return value
 
 
@@ -102,16 +106,84 @@ def parse_text(field: str, value: Any) -> str:
     return _storable(field, value)
 
 # %% ../../nbs/data/03_rows.ipynb #c014-1
+# What a spreadsheet or a data frame makes of a long number: 1.54266E+18, 1,5E+18, 1.5426601234567898e+18, 1e+18. An id
+# such as 12e45 may be somebody's hexadecimal number and is left alone.
+_ROUNDED_ID = re.compile(r"[0-9]+[.,][0-9]*[eE][+-]?[0-9]+|[0-9]+[eE][+][0-9]+|[0-9]{16,}[.,]0+")
+
+
+def _rounded(field: str, value: Any) -> RowError:
+    return RowError(f"{field} was rounded by a spreadsheet or a data frame that took it for a number, so two ids may "
+                    f"have become one; export ids as text, or leave the column out: {excerpt(value, 40)}")  # fmt: skip
+
+
 def parse_identifier(field: str, value: Any) -> str | None:
     """An optional name (`conversation_id`, `reply_id`, `source`) as text; null and a blank CSV cell are None."""
     if value is None:
         return None
+    if field.endswith("_id") and isinstance(value, str) and _ROUNDED_ID.fullmatch(value.strip()):
+        raise _rounded(field, value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RowError(f"{field} must be a string, not {_kind(value)}")
     text = (value if isinstance(value, str) else str(value)).strip()
     if not text or len(text) > MAX_ID_CHARACTERS:
         raise RowError(f"{field} has {len(text):,} characters, allowed are 1 to {MAX_ID_CHARACTERS:,}: {excerpt(text)}")
     return _storable(field, text)
+
+# %% ../../nbs/data/03_rows.ipynb #c014-4
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+
+
+def unescape_once(field: str, text: str) -> str:
+    """`text` with its HTML entities replaced, once. RowError where a bare & leaves open whether it was escaped."""
+    if "&" not in text:
+        return text
+    found = [match[0] for match in _ENTITY.finditer(text) if match[0][1] == "#" or match[0][1:] in html5]
+    if found and text.count("&") > len(found):
+        raise RowError(f"{field} holds the HTML entity {found[0]} and a bare &, so whether it is escaped is not "
+                       f"certain; unescape the texts of the file: {excerpt(text)}")  # fmt: skip
+    return _ENTITY.sub(lambda match: html.unescape(match[0]), text) if found else text
+
+# %% ../../nbs/data/03_rows.ipynb #c014-7
+# The byte of each character as Windows-1252 has it; five bytes stand for themselves there, as browsers read them.
+_BYTE_OF = {code: code for code in range(256)} | {ord(bytes([b]).decode("cp1252")): b for b in range(0x80, 0xA0)
+                                                 if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}  # fmt: skip
+_CONTINUATION = "[" + "".join(re.escape(chr(code)) for code, byte in _BYTE_OF.items() if 0x80 <= byte < 0xC0) + "]"
+_CERTAIN = "â[€\x80]|ð[Ÿ\x9f]"  # nobody writes these
+_MISREAD = re.compile(f"{_CERTAIN}|(?<![A-ZÀ-Þ])[ÂÃ]{_CONTINUATION}|(?:[ÐÑ]{_CONTINUATION}){{2}}")
+
+
+def undo_misreading(field: str, text: str) -> str:
+    """`text` as it was, where its UTF-8 was certainly read as Windows-1252 or Latin-1, once or more; else `text`.
+
+    RowError where some of it was, but not all of it can be turned back.
+    """
+    if text.isascii() or not _MISREAD.search(text):
+        return text
+    try:
+        return undo_misreading(field, bytes(_BYTE_OF[ord(c)] for c in text).decode("utf-8"))
+    except (KeyError, UnicodeDecodeError):
+        if found := re.search(_CERTAIN, text):
+            raise RowError(f"{field} holds UTF-8 that was read as Windows-1252 ({excerpt(found[0])}), mixed with other "
+                           f"text, so it cannot be undone with certainty: {excerpt(text)}") from None  # fmt: skip
+        return text
+
+# %% ../../nbs/data/03_rows.ipynb #c014-9
+_MENDERS = {"UTF-8 read as Windows-1252": undo_misreading, "HTML entities": unescape_once}
+
+
+def mend(record: Any) -> tuple[Any, list[str]]:
+    """`record` with what is certain undone in its texts, and the sorted names of what was undone.
+
+    RowError where a text is damaged and it is not certain how. Values of the wrong type are left to `parse_row`.
+    """
+    texts = [field for field in TEXT_FIELDS if isinstance(record, dict) and isinstance(record.get(field), str)]
+    names = set()
+    for field in texts:
+        for name, undo in _MENDERS.items():
+            after = undo(field, record[field])
+            if after != record[field]:
+                record, names = record | {field: after}, names | {name}
+    return record, sorted(names)
 
 # %% ../../nbs/data/03_rows.ipynb #c016-1
 def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,38 +251,60 @@ def parse_row(number: int, record: Any, from_text: bool = False) -> dict[str, An
     return row
 
 # %% ../../nbs/data/03_rows.ipynb #c023
+def rounded_ids(ids: pd.Series) -> pd.Series:
+    """For each id whether it is of a column of long numbers that were rounded, and shows it: (n,), bool."""
+    long = ids.str.fullmatch("[0-9]{16,25}")
+    distinct = ids[long].drop_duplicates()
+    zeros = distinct.str.len() - distinct.str.rstrip("0").str.len()
+    return long & ids.str.endswith("0") & bool(zeros.sum() >= 12 and zeros.gt(0).mean() >= 0.95)
+
+# %% ../../nbs/data/03_rows.ipynb #c023-2
 class PairTables:
-    """Gathers `accepted` and `rejected`; each call of `add` or `reject` accounts for exactly one row of the file."""
+    """Gathers `accepted` and `rejected`; each call of `add` or `reject` accounts for exactly one row of the file.
+
+    `line`: where the row begins, for a format in which that is not its number. `mended`: rows by what was undone.
+    """
 
     def __init__(self, rows_per_chunk: int = 10_000):
         self._rows_per_chunk, self._rows, self._chunks = rows_per_chunk, [], []
         self._first_row: dict[str, int] = {}
         self._rejected: list[tuple[int, str, str]] = []
+        self.mended: Counter[str] = Counter()
 
-    def add(self, number: int, record: Any, raw: Any, from_text: bool = False) -> None:
-        """Check one record; it is accepted, or rejected with the reason and an excerpt of `raw`."""
+    def add(self, number: int, record: Any, raw: Any, from_text: bool = False, line: int = 0) -> None:
+        """Mend and check one record; it is accepted, or rejected with the reason and an excerpt of `raw`."""
         try:
+            record, mended = mend(record)
             row = parse_row(number, record, from_text)
             first = self._first_row.setdefault(row["reply_id"], number)
             if first != number:
                 raise RowError(f"reply_id {excerpt(row['reply_id'])} is the same as in row {first}")
         except RowError as error:
-            return self.reject(number, str(error), raw)
-        self._rows.append(row)
+            return self.reject(number, str(error), raw, line)
+        self.mended.update(mended)
+        self._rows.append(row | {"line": line})
         if len(self._rows) >= self._rows_per_chunk:
             self._flush()
 
-    def reject(self, number: int, reason: str, raw: Any) -> None:
-        self._rejected.append((number, reason, excerpt(raw)))
+    def reject(self, number: int, reason: str, raw: Any, line: int = 0) -> None:
+        self._rejected.append((number, f"line {line}: {reason}" if line else reason, excerpt(raw)))
 
     def _flush(self) -> None:
         texts = [name for name in PAIR_COLUMNS if name != "row" and name not in NUMBER_FIELDS]
-        types = dict.fromkeys(texts, "str") | dict.fromkeys(NUMBER_FIELDS, "float64") | {"row": "int64"}
-        self._chunks.append(pd.DataFrame(self._rows, columns=list(PAIR_COLUMNS)).astype(types))
+        types = dict.fromkeys(texts, "str") | dict.fromkeys(NUMBER_FIELDS, "float64")
+        types |= dict.fromkeys(("row", "line"), "int64")
+        self._chunks.append(pd.DataFrame(self._rows, columns=[*PAIR_COLUMNS, "line"]).astype(types))
         self._rows = []
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         self._flush()
-        rejected = pd.DataFrame(self._rejected, columns=["row", "reason", "excerpt"])
+        accepted = pd.concat(self._chunks, ignore_index=True)
+        for field in ("conversation_id", "reply_id"):
+            rounded = rounded_ids(accepted[field])
+            for row in accepted[rounded].itertuples():
+                self.reject(row.row, str(_rounded(field, getattr(row, field))), row.reply, row.line)
+            accepted = accepted[~rounded]
+        self._chunks = [accepted.reset_index(drop=True)]
+        rejected = pd.DataFrame(sorted(self._rejected), columns=["row", "reason", "excerpt"])
         types = {"row": "int64", "reason": "str", "excerpt": "str"}
-        return pd.concat(self._chunks, ignore_index=True), rejected.astype(types)
+        return self._chunks[0].drop(columns="line"), rejected.astype(types)

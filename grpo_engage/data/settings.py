@@ -19,7 +19,8 @@ class DataSettings(Settings):
     """Where posts and replies come from, how many are kept, and how they are split."""
 
     source: str = setting("simulator", "where the pairs come from", choices=SOURCES)
-    data_path: str = setting("", 'with source "file": the .jsonl, .jsonl.gz, .csv or .parquet file of pairs')
+    data_path: str = setting("", 'with source "file": the .jsonl, .jsonl.gz, .csv or .parquet file of pairs',
+                             path=True)
     n_conversations: int = setting(120, 'with source "simulator": conversations to simulate', low=1, high=1000000)
     max_conversations: int = setting(0, "keep at most so many conversations, drawn at random; 0: all", low=0,
                                      high=1000000000)

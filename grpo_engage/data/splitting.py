@@ -133,9 +133,14 @@ def _near_copied_posts(pairs: pd.DataFrame, threshold: float, keep: list[str]) -
     return found[found.split_a != found.split_b].assign(kind="tweet")
 
 # %% ../../nbs/data/05_splitting.ipynb #c015-3
+# Two characters of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which write no spaces, count as one word.
+_WORDS = re.compile(r"[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]{1,2}|\w+")
+
+
 def _copied_replies(pairs: pd.DataFrame, min_words: int, keep: list[str]) -> pd.DataFrame:
     replies = pairs.sort_values("row").assign(text=lambda p: p.reply.map(normalise_text))
-    replies = replies[replies.text.str.count(r"\w+") >= min_words].drop_duplicates(["text", "split"])
+    n_words = replies.text.map(lambda text: len(_WORDS.findall(text)))
+    replies = replies[n_words >= min_words].drop_duplicates(["text", "split"])
     both = replies[["text", *keep]].merge(replies[["text", *keep]], on="text", suffixes=("_a", "_b"))
     return both[both.row_a < both.row_b].assign(kind="reply", similarity=1.0)
 

@@ -9,6 +9,7 @@ __all__ = ['MAX_CHARACTERS', 'arm_file_name', 'read_arm_file', 'file_replies']
 import csv
 import json
 import re
+import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -75,14 +76,17 @@ _READERS = {".csv": _csv_records, ".jsonl": _json_records, ".parquet": _parquet_
 
 
 def arm_file_name(path: Path, taken: Collection[str]) -> str:
-    """The arm that the file at `path` is: its name without ending. ValueError for an unknown ending, for a name that
-    is no plain word, and for one that is `taken`."""
-    name = Path(path).stem
+    """The arm that the file at `path` is: its name without ending, as one plain word of at most 40 letters.
+
+    Raises: ValueError for an unknown ending, and for a name that is `taken`.
+    """
     if Path(path).suffix not in _READERS:
         raise ValueError(f"{path}: an arm's file must end in {', '.join(_READERS)}")
-    if not re.fullmatch(r"[A-Za-z][\w.-]{0,39}", name, re.ASCII) or name in taken:
-        raise ValueError(f"{path}: the arm is called like the file, and {name!r} is "
-                         f"{'taken' if name in taken else 'no plain word of at most 40 letters'}; rename the file")
+    # the arm's name goes into tables, pictures and LaTeX; letters with accents lose them, other scripts go
+    plain = unicodedata.normalize("NFKD", Path(path).stem).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^\w.-]+", "_", plain, flags=re.ASCII).lstrip("_.-0123456789")[:40].rstrip("_.-") or "file"
+    if name in taken:
+        raise ValueError(f"{path}: the arm is called like the file, and {name!r} is taken; rename the file")
     return name
 
 # %% ../../nbs/evaluation/01_arm_files.ipynb #c005-12

@@ -34,8 +34,10 @@ from grpo_engage.evaluation.scoring import (
 )
 from .settings import RIVALS, EvaluationSettings, Scoring
 from .training_path import plot_training_path, training_path
+from ..rewards.heuristic import language_notes
 from ..text.embedding import embed
 from ..text.metrics import words
+from ..text.reply_text import count_pairs
 from ..train.objective import RIVAL_ARMS
 
 # %% ../../nbs/08_evaluation.ipynb #c009
@@ -134,6 +136,9 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     vocabulary = len({word for reply in pairs["reply"] for word in words(reply)})  # the same, whichever arms there are
     by_post = metrics_by_post(test, max(1, vocabulary), embed(test["text"].tolist()) if given.embeddings else None)
     table, notes = summary_table(by_post, n_boot, seed, rivals)
+    tweet_of = posts_with_replies(pairs, "test").set_index("post")["tweet"]
+    counts = count_pairs(test["post"].map(tweet_of).tolist(), test["text"].tolist())
+    notes += language_notes(int((counts["english"] == 0).sum()), len(counts))
     write_csv(folder / "metrics.csv", table)
     write_csv(folder / "comparisons.csv", compare_with_baseline(by_post, n_boot, seed, rivals))
     names = by_post["arm"].unique()

@@ -60,7 +60,7 @@ class EvaluationSettings(Settings):
     best_of: int = setting(4, "tries behind each reply of rival best_of_n, chosen by the training reward", low=2,
                            high=64)
     arm_files: list = setting(
-        [], "full paths of .csv, .jsonl or .parquet files (post, text) of other systems, each an arm")
+        [], "paths of .csv, .jsonl or .parquet files (post, text) of other systems, each an arm", path=True)
     n_test_posts: int = setting(8, "test posts (with at least 2 real replies) to reply to", low=2, high=100000)
     n_validation_posts: int = setting(8, "validation posts on which the pass mark is set", low=2, high=100000)
     sampling: EvaluationSampling = group(EvaluationSampling)

@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 import pandas as pd
 
 from ..base.core import child_seed, say, stage_manifest, write_csv, write_parquet
+from .endpoint import Endpoint
 from .injections import CONTROL, INJECTIONS
-from .llm_client import Endpoint, Ledger
+from .llm_client import Ledger
 from grpo_engage.judges.llm_judge import (
     LlmJudge,
     absolute_messages,
@@ -140,12 +142,12 @@ def _questions(pairs: pd.DataFrame, shown: pd.DataFrame, tried: pd.DataFrame, re
 def _say_estimate(endpoint: Endpoint, expected: dict, max_cost: float) -> None:
     """Say what `expected` (from `LlmJudge.estimate`) comes to, and whether the cap may stop the judge."""
     say(f"{endpoint.model} at {endpoint.url}: {expected['calls']} calls, about ${expected['likely_usd']:.4f}, at most "
-        f"${expected['most_usd']:.4f} without retries; spent before ${expected['spent_usd']:.4f}, cap "
+        f"${expected['most_usd']:.4f} without retries and a raised limit; before: ${expected['spent_usd']:.4f}, cap "
         f"{f'${max_cost:.4f}' if math.isfinite(max_cost) else 'none (this machine)'}")
     if expected["spent_usd"] + expected["most_usd"] > max_cost:
         say("the cap may stop the judge before the end; what it has no answer to is NaN in the tables")
 
-# %% ../../nbs/judges/03_llm_judging.ipynb #c010
+# %% ../../nbs/judges/03_llm_judging.ipynb #c010-9
 def _judged_tables(judge: LlmJudge, pairs: pd.DataFrame, shown: pd.DataFrame, tried: pd.DataFrame, repeats: int,
                    seed: int) -> dict[str, pd.DataFrame]:
     """Ask the judge all of it: tables pairwise, absolute, agreement, flips and summary."""
@@ -154,6 +156,23 @@ def _judged_tables(judge: LlmJudge, pairs: pd.DataFrame, shown: pd.DataFrame, tr
             "flips": flip_rates(judge, tried, judged["verdict"].head(len(tried))), "summary": summarise(judged, rated)}
 
 
+def _say_missing(reasons: pd.Series, learned: list[str]) -> None:
+    """Say what was learned about the endpoint, and why verdicts are missing; RuntimeError when all of them are.
+
+    reasons: "" for what is there. A run whose every reply is flagged is no failure of the judge.
+    """
+    if learned:
+        say(f"the endpoint wanted it otherwise: {'; '.join(learned)}")
+    why = reasons[reasons != ""].value_counts()
+    causes = why[~why.index.str.startswith("flagged")]
+    if len(causes) and why.sum() == len(reasons):
+        first = next((cause for cause in causes.index if not cause.startswith("not asked")), causes.index[0])
+        raise RuntimeError(f"there is no verdict and no score, of {len(reasons)}; the reason, {causes[first]} times: "
+                           f"{first}")
+    for reason, count in why.head(3).items():
+        say(f"{count} are missing: {reason}")
+
+# %% ../../nbs/judges/03_llm_judging.ipynb #c010
 def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", limit: int = 20, repeats: int = 2,
               injected: int = 2, max_cost: float = math.inf, seed: int = 0, client: httpx2.Client | None = None,
               sleep: Callable[[float], None] = time.sleep) -> dict[str, pd.DataFrame]:
@@ -162,6 +181,7 @@ def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", li
     limit: pairs of each arm. repeats: how often each question is asked. injected: pairs that the injection suite is
     tried on (0: none). max_cost: US dollars over all judging of this run; needed for an address that is not this
     machine (ValueError). Prints the estimate before the first call. Files: run_dir/evaluation/llm_judge/<model>/.
+    Raises RuntimeError, which says why, when there is no verdict at all; what was answered is kept.
     """
     if not endpoint.is_local and not math.isfinite(max_cost):
         raise ValueError("max_cost is needed for an address that is not this machine: the most US dollars to spend")
@@ -173,23 +193,26 @@ def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", li
     shown, tried = _shown_replies(pairs, replies), pairs.head(injected)
     root = run_dir / "evaluation" / "llm_judge"
     folder = root / re.sub(r"[^A-Za-z0-9._-]+", "-", endpoint.model).strip(".-")
-    ledger = Ledger(root / "answers.sqlite")
-    judge = LlmJudge(endpoint, ledger, max_cost=max_cost, client=client, sleep=sleep)
-    expected = judge.estimate(_questions(pairs, shown, tried, repeats))
-    _say_estimate(endpoint, expected, max_cost)
     parameters = asdict(endpoint) | {"versus": versus, "limit": limit, "repeats": repeats, "injected": injected,
                                      "max_cost": max_cost, "seed": seed}
     inputs = [run_dir / "evaluation" / "generations.parquet", run_dir / "data" / "pairs.parquet"]
-    with stage_manifest(folder, "llm_judge", parameters, inputs) as manifest:
-        tables = _judged_tables(judge, pairs, shown, tried, repeats, seed)
-        for name in ("pairwise", "absolute"):
-            write_parquet(folder / f"{name}.parquet", tables[name])
-        for name in ("agreement", "flips", "summary"):
-            write_csv(folder / f"{name}.csv", tables[name])
-        manifest["estimate"], manifest["spent_usd"] = expected, ledger.spent
-        missing = pd.concat([tables["pairwise"]["reason"], tables["absolute"]["reason"]])
-        manifest["missing"] = missing[missing != ""].value_counts().to_dict()
-    ledger.close()
+    with closing(Ledger(root / "answers.sqlite")) as ledger:
+        judge = LlmJudge(endpoint, ledger, max_cost=max_cost, client=client, sleep=sleep)
+        expected = judge.estimate(_questions(pairs, shown, tried, repeats))
+        _say_estimate(endpoint, expected, max_cost)
+        with stage_manifest(folder, "llm_judge", parameters, inputs) as manifest:
+            manifest["estimate"], manifest["learned"] = expected, judge.form.changes
+            try:
+                tables = _judged_tables(judge, pairs, shown, tried, repeats, seed)
+            finally:
+                manifest["spent_usd"] = ledger.spent
+            missing = pd.concat([tables["pairwise"]["reason"], tables["absolute"]["reason"]])
+            manifest["missing"] = missing[missing != ""].value_counts().to_dict()
+            _say_missing(missing, judge.form.changes)
+            for name in ("pairwise", "absolute"):
+                write_parquet(folder / f"{name}.parquet", tables[name])
+            for name in ("agreement", "flips", "summary"):
+                write_csv(folder / f"{name}.csv", tables[name])
     answered, spent = int((missing == "").sum()), manifest["spent_usd"]
     say(f"{answered} of {len(missing)} verdicts and scores are there, ${spent:.4f} spent in all; tables in {folder}")
     return tables

@@ -6,6 +6,7 @@
 __all__ = ['HOW_TO_GET_LATEX', 'EPOCH', 'escape_latex', 'macro_name', 'undefined_macros', 'latex_obstacle', 'build_pdf']
 
 # %% ../../nbs/paper/01_pdf.ipynb #c002
+import glob
 import os
 import re
 import shutil
@@ -155,12 +156,14 @@ def _build_with_typst(folder: Path) -> None:
         settings = Path(temporary) / "settings.yaml"
         settings.write_text("margin: {x: 2.5cm, y: 2.5cm}\nreference-section-title: References\n")
         arguments = ["--standalone", "--citeproc", "--fail-if-warnings", f"--lua-filter={lua}",
+                     f"--data-dir={temporary}",  # not the user's own templates
                      f"--include-in-header={prelude}", f"--metadata-file={settings}",
                      "--variable=section-numbering:1.1", "--variable=papersize:a4", "--variable=fontsize:10pt"]
 
         try:
-            text = pypandoc.convert_file("main.tex", "typst", format="latex", extra_args=arguments,
-                                         cworkdir=str(folder))
+            # pypandoc reads the name as a pattern: a folder's [brackets] are escaped
+            text = pypandoc.convert_file(glob.escape(str(folder / "main.tex")), "typst", format="latex",
+                                         extra_args=arguments, cworkdir=str(folder))
         except RuntimeError as error:
             raise RuntimeError(f"pandoc could not read {folder / 'main.tex'}: {error}") from error
     (folder / "main.typ").write_text(text, encoding="utf-8")

@@ -36,12 +36,18 @@ from transformers import (
 )
 
 from ..base.core import atomic_folder, child_seed, file_sha256, models_dir, progress, say, write_json
+from ..base.environment import thread_limit
 from ..base.source_code import definitions_used
+from ..base.storage import whole_path
 from ..data.simulator import simulate_text
+from .settings import is_folder_name
 
 # %% ../../nbs/policy/00_base_models.ipynb #c004
 def quiet_libraries() -> None:
-    """Turn off the progress bars and chatter of transformers, datasets and tokenizers, and use every core we may."""
+    """Turn off the progress bars and chatter of transformers, datasets and tokenizers, and use every core we may.
+
+    How many that is, OMP_NUM_THREADS and MKL_NUM_THREADS say, else the cores that this process may run on.
+    """
     import datasets
     import transformers
 
@@ -52,7 +58,8 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     # TRL uses names that transformers will drop in its version 6; our lock holds 5
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(thread_limit() or cores)
 
 # %% ../../nbs/policy/00_base_models.ipynb #c007
 NANO = {
@@ -237,7 +244,7 @@ def ensure_policy(name: str) -> Path | str:
     builders = {"nano": (f"nano-{nano_key()}", _build_nano),
                 "smollm2-135m": (f"smollm2-135m-{SMOLLM2_SHA256[:12]}", _build_smollm2)}
     if name not in builders:
-        return Path(name) if Path(name).is_dir() else name
+        return whole_path(name, "policy") if is_folder_name(name) else name
     folder_name, build = builders[name]
     folder = models_dir() / folder_name
     if not (folder / "provenance.json").exists():

@@ -20,7 +20,7 @@ from ..data.simulator import draw_context, expected_log_likes, simulate_text
 from .circumstances import choose_references, deconfound
 from .context_model import ContextModel, drawn_ceiling, naive_regression
 from .engagement_model import EngagementRewardModel, shuffled_label_twins
-from .heuristic import HeuristicReward, guard_flags
+from .heuristic import HeuristicReward, guard_flags, language_notes
 from .overoptimisation import misjudged
 from .settings import RewardModelSettings
 from grpo_engage.rewards.validation import (
@@ -31,6 +31,7 @@ from grpo_engage.rewards.validation import (
     validation_figure,
     verdict,
 )
+from ..text.reply_text import count_pairs
 
 # %% ../../nbs/03_reward_model.ipynb #c006
 def beat_probability(logits: Sequence[float], reference_logits: Sequence[Sequence[float]]) -> np.ndarray:
@@ -75,9 +76,12 @@ class CombinedReward:
 
 # %% ../../nbs/03_reward_model.ipynb #c013
 def _label(pairs: pd.DataFrame, retweet_weight: float, reference_quantile: float) -> tuple[pd.DataFrame, dict]:
-    """labels.parquet (row, engagement, expected, residual, reference) for all rows, and the regression's report."""
+    """labels.parquet (row, engagement, expected, residual, reference) for all rows, and the regression's report, whose
+    notes say which guards were off when the references were chosen."""
     labels, report = deconfound(pairs, ~pairs["split"].isin(["validation", "test"]), retweet_weight)
-    flags = guard_flags(pairs["tweet"].tolist(), pairs["reply"].tolist())
+    counts = count_pairs(pairs["tweet"].tolist(), pairs["reply"].tolist())
+    flags = guard_flags(pairs["tweet"].tolist(), pairs["reply"].tolist(), counts)
+    report["notes"] += language_notes(int((counts.english == 0).sum()), len(counts))
     labels["blocked"] = flags[["empty", "echo", "spam"]].any(axis=1).to_numpy()
     labels["conversation_id"] = pairs["conversation_id"]
     labels["reference"] = choose_references(labels, reference_quantile)
@@ -142,6 +146,7 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
         pairs = pd.read_parquet(source)
         labels, report = _label(pairs, given.retweet_weight, given.reference_quantile)
         write_parquet(folder / "labels.parquet", labels)
+        manifest["warnings"] = report["notes"]  # said already by the stage heuristic_reward
         say(f"labels: {int(labels['reference'].sum())} references of {len(labels)} replies; {report['method']}, "
             f"dispersion {report['dispersion']:.2f}")
         models = {"reward": EngagementRewardModel(given.reward_backbone, **given.model_options()),

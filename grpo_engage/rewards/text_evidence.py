@@ -7,6 +7,7 @@ __all__ = ['TYPICALITY', 'typicality', 'train_match', 'TextEvidence']
 
 # %% ../../nbs/rewards/03_text_evidence.ipynb #c002
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,21 +16,22 @@ from torch import nn
 
 from ..base.core import child_seed
 from ..text.embedding import TEXT_FEATURES, as_texts, text_features
+from ..text.metrics import cut_words
 from ..text.reply_text import COUNTS, count_pairs
 
 # %% ../../nbs/rewards/03_text_evidence.ipynb #c007
 TYPICALITY = tuple(f"{name}_{size}" for size in ("pairs", "triples")
                    for name in ("familiar_share", "mean_log_count", "least_log_count", "unfamiliar"))
 _MAX_CHARACTERS = 2000
-_TOKEN = r"(?u)\b\w+\b|[^\w\s]"
+_TOKENS = partial(cut_words, symbols=r"[^\w\s]")
 
 
 def _neighbours(texts: Sequence[str], size: int, buckets: int) -> sparse.csr_matrix:
     """Hashed counts of the runs of `size` neighbouring words of each text, ends marked: (n, buckets)."""
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    vectorizer = HashingVectorizer(n_features=buckets, norm=None, alternate_sign=False, token_pattern=_TOKEN,
-                                   ngram_range=(size, size), dtype=np.float32)
+    vectorizer = HashingVectorizer(n_features=buckets, norm=None, alternate_sign=False, token_pattern=None,
+                                   tokenizer=_TOKENS, ngram_range=(size, size), dtype=np.float32)
     return vectorizer.transform([f"¶ {text[:_MAX_CHARACTERS]} ¶" for text in texts])
 
 
@@ -57,8 +59,8 @@ def typicality(table: sparse.csr_matrix, counts: np.ndarray, seen: bool) -> np.n
 def _words(texts: Sequence[str], buckets: int) -> sparse.csr_matrix:
     from sklearn.feature_extraction.text import HashingVectorizer
 
-    vectorizer = HashingVectorizer(n_features=buckets, norm="l2", alternate_sign=False, token_pattern=_TOKEN,
-                                   ngram_range=(1, 2), binary=True, dtype=np.float32)
+    vectorizer = HashingVectorizer(n_features=buckets, norm="l2", alternate_sign=False, token_pattern=None,
+                                   tokenizer=_TOKENS, ngram_range=(1, 2), binary=True, dtype=np.float32)
     return vectorizer.transform([text[:_MAX_CHARACTERS] for text in texts])
 
 # %% ../../nbs/rewards/03_text_evidence.ipynb #c012-3
@@ -151,7 +153,7 @@ def _together(posts: Sequence[str], replies: Sequence[str], tables: Sequence[spa
               counts: Sequence[np.ndarray], seen: bool, match: np.ndarray) -> np.ndarray:
     """All columns, (n, columns) float32: typicality for each size of runs, match, counts, surface."""
     typical = [typicality(table, own, seen) for table, own in zip(tables, counts, strict=True)]
-    counted = count_pairs(posts, replies).to_numpy()
+    counted = count_pairs(posts, replies)[list(COUNTS)].to_numpy()
     return np.concatenate([*typical, match[:, None], counted, text_features(replies)], axis=1).astype(np.float32)
 
 # %% ../../nbs/rewards/03_text_evidence.ipynb #c014

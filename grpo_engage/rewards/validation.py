@@ -18,6 +18,7 @@ from ..base.plots import style
 from ..data.gold import gold_appeal
 from .heuristic import clear_pairs, pairwise_accuracy
 from ..stats.intervals import cluster_bootstrap, seed_interval
+from ..text.metrics import cut_words
 
 # %% ../../nbs/rewards/07_validation.ipynb #c005
 def all_pairs(conversations: Sequence, values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -78,8 +79,8 @@ def tfidf_ridge(train: pd.DataFrame, counts: np.ndarray, replies: Sequence[str],
     from sklearn.pipeline import make_pipeline
 
     # lsqr from a fixed start: the default solver for sparse tables draws its steps at random
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=r"(?u)\b\w+\b"),
-                          Ridge(alpha=alpha, solver="lsqr"))
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=None, tokenizer=cut_words)
+    model = make_pipeline(words, Ridge(alpha=alpha, solver="lsqr"))
     known = np.isfinite(counts)
     return model.fit(train["reply"].to_numpy()[known], np.log1p(counts[known])).predict(list(replies))
 

@@ -18,9 +18,10 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.core import REPO_ROOT, read_json, say, write_json
+from ..base.environment import launcher, own_environment
 from ..base.processes import end_with
 from ..base.settings import default_of, described
-from ..base.storage import check_writable
+from ..base.storage import check_path, check_writable, whole_path
 from ..evaluation.settings import check_participants
 from grpo_engage.run.graph import (
     STAMP,
@@ -32,14 +33,16 @@ from grpo_engage.run.graph import (
     say_changes,
     stage_folder,
 )
-from .runner import failure_message, run_stage, snakemake
+from .runner import LIBRARIES, failure_message, run_stage, snakemake
 from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
 
 # %% ../../nbs/run/02_cli.ipynb #c004
 def run_folder(name: str) -> Path:
-    """The folder of the run `name`; a name with a slash, a leading dot or odd characters is refused."""
-    if not name or not name[0].isalnum() or not all(c.isalnum() or c in "-_." for c in name):
-        raise ValueError(f"{name!r} is no name for a run: use letters, digits, '-', '_' and '.'")
+    """The folder of the run `name`. Raises: ValueError for a name that is not one visible folder's on one line."""
+    check_path(name, "--run")
+    if name.splitlines() != [name] or name[0] == "." or "/" in name or len(name.encode()) > 255:
+        raise ValueError(f"{name[:80]!r} is no name for a run (--run, else the preset's): it names one folder, "
+                         "without slash or line break, with no dot first, of at most 255 bytes")
     return Path(os.environ.get("GRPO_ENGAGE_RUNS") or REPO_ROOT / "outputs" / "runs") / name
 
 # %% ../../nbs/run/02_cli.ipynb #c007
@@ -99,7 +102,7 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
     """Resolve preset and overrides; nothing is written yet."""
     overrides = list(args.parameter or [])
     if args.data:
-        path = Path(args.data).expanduser().resolve()
+        path = whole_path(args.data, "--data")
         if not path.is_file():
             raise ValueError(f"--data {args.data}: there is no such file")
         overrides = ["data.source=file", f"data.data_path={path}", *overrides]
@@ -144,6 +147,9 @@ def _run(args: argparse.Namespace) -> int:
     if target in ("evaluation", "paper"):
         check_participants(config["arms"], config["seeds"])
     refuse_missing_files(config)
+    profile = str(Path(args.profile).expanduser().resolve()) if args.profile else ""
+    if profile and not Path(profile).exists():
+        raise ValueError(f"--profile {args.profile}: there is no such folder or file")
     check_writable(run_dir)
     with only_one(run_dir) as lock:
         path = run_dir / (".dry-run.json" if args.dry_run else "config.json")
@@ -155,7 +161,7 @@ def _run(args: argparse.Namespace) -> int:
         # the rule of the arms has wildcards, so it is no target: its files are
         targets = [target] if target != "train" else [
             f"train/{arm}/seed{seed}/{STAMP}" for arm in config["arms"] for seed in config["seeds"]]
-        code, said = snakemake(run_dir, path, targets, lock, dry_run=args.dry_run)
+        code, said = snakemake(run_dir, path, targets, lock, dry_run=args.dry_run, profile=profile)
         if code == 0 and args.publish and not args.dry_run:
             _publish(run_dir)
     if args.dry_run:
@@ -186,6 +192,9 @@ def _paper(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> int:
+    environment = own_environment(Path.cwd() / LIBRARIES)  # a job on another machine of a cluster has that one's
+    os.environ.clear()
+    os.environ.update(environment)
     host, _, process = os.environ.get("GRPO_ENGAGE_PARENT", "").partition(":")
     if host == os.uname().nodename:
         end_with(int(process))
@@ -208,12 +217,13 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _judge(args: argparse.Namespace) -> int:
-    from grpo_engage.judges.llm_client import Endpoint
+    from grpo_engage.judges.endpoint import Endpoint
     from grpo_engage.judges.llm_judging import judge_run
 
     if not (run_folder(args.run) / "evaluation" / "generations.parquet").exists():
         raise ValueError(f"there is no run {args.run!r} with an evaluation in {run_folder(args.run).parent}")
-    endpoint = Endpoint(args.url, args.model, args.key_variable, args.price_in, args.price_out)
+    endpoint = Endpoint(args.url, args.model, args.key_variable, args.price_in, args.price_out, args.max_tokens,
+                        args.timeout)
     tables = judge_run(run_folder(args.run), endpoint, versus=args.versus, limit=args.limit, repeats=args.repeats,
                        injected=args.injected, max_cost=args.max_cost)
     for name in ("summary", "agreement", "flips"):
@@ -266,6 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("stage", nargs="?", help=f"stop after this stage: {', '.join(STAGES)} (default: all)")
     preset(run)
     run.add_argument("--dry-run", action="store_true", help="say what would run and why, and run nothing")
+    run.add_argument("--profile", default="", help="a folder with a Snakemake profile (no other one is ever used)")
     run.add_argument("--publish", action="store_true", help="copy the paper to paper/ at the end")
     preset(command("check", _check, "check a preset and overrides without running anything"))
     command("paper", _paper, "make the paper of a run and copy it to paper/").add_argument("--run", required=True)
@@ -279,6 +290,9 @@ def _parser() -> argparse.ArgumentParser:
             ("price-in", float, float("nan"), "US dollars for a million tokens read"),
             ("price-out", float, float("nan"), "US dollars for a million tokens written"),
             ("key-variable", str, "GRPO_ENGAGE_JUDGE_KEY", "environment variable that holds the key"),
+            ("max-tokens", int, 1024, "of an answer with its thoughts (default 1024); raised once, eightfold, when an "
+             "answer is cut before its verdict"),
+            ("timeout", float, 120.0, "seconds for a call (default 120)"),
             ("limit", int, 20, "pairs of each arm"), ("repeats", int, 2, "how often each question is asked"),
             ("injected", int, 2, "pairs on which hidden orders are tried"), ("versus", str, "baseline", "the rival")):
         judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)
@@ -292,10 +306,14 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. What a user got wrong is one line on stderr, never a traceback."""
     args = _parser().parse_args(arguments)
-    for name in ("GRPO_ENGAGE_RUNS", "GRPO_ENGAGE_MODELS"):  # the stages run in other folders
-        if os.environ.get(name):
-            os.environ[name] = str(Path(os.environ[name]).resolve())
     try:
+        if launcher():
+            raise ValueError(f"started by {launcher()}, this command would do everything in each process: give it "
+                             "alone, with -p n_processes=2 (or more); it starts those itself (-p accelerate_config)")
+        check_path(REPO_ROOT, "the folder of grpo_engage")
+        for name in ("GRPO_ENGAGE_RUNS", "GRPO_ENGAGE_MODELS"):  # the stages run in other folders
+            if os.environ.get(name):
+                os.environ[name] = str(whole_path(os.environ[name], name))
         return args.function(args)
     except KeyboardInterrupt:
         print("error: interrupted; the same command goes on from here", file=sys.stderr)

@@ -25,6 +25,8 @@ from grpo_engage.base.source_code import (
     without_demonstrations,
     without_prose,
 )
+from ..base.storage import whole_path
+from ..policy.settings import is_folder_name
 from .settings import STAGES, notebook_of
 from ..train.objective import trainable_arm
 
@@ -113,7 +115,7 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
     named = {}
     if stage == "data" and given["source"] == "file":
         named["data_path"] = given["data_path"]
-    elif stage == "policy" and Path(given["policy"]).is_dir():
+    elif stage == "policy" and is_folder_name(given["policy"]):
         named["policy"] = given["policy"]
     elif stage == "train" and given.get("accelerate_config"):
         named["accelerate_config"] = REPO_ROOT / given["accelerate_config"]
@@ -121,7 +123,7 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
         named |= {f"arm_files: {Path(path).name}": path for path in given.get("arm_files", ())}
     elif stage == "paper":
         named |= {f"paper/{name}": REPO_ROOT / "paper" / name for name in ("main.tex", "references.bib")}
-    return {name: Path(path).expanduser() for name, path in named.items()}
+    return {name: whole_path(path, name) for name, path in named.items()}
 
 # %% ../../nbs/run/04_graph.ipynb #c015
 @functools.lru_cache(maxsize=4096)

@@ -5,24 +5,25 @@
 # %% auto #0
 __all__ = ['STAGES', 'GRAPH_PARAMETERS', 'Layer', 'SHARED', 'Stage', 'known_stage', 'notebook_of', 'user_parameters',
            'parameter_cell', 'write_parameter_cells', 'GraphSettings', 'preset_file', 'merged', 'load_preset',
-           'preset_layers', 'parse_override', 'stages_of', 'override_layers', 'placed', 'resolve_config',
+           'preset_layers', 'parse_override', 'stages_of', 'override_layers', 'located', 'placed', 'resolve_config',
            'check_config']
 
 # %% ../../nbs/run/00_settings.ipynb #c002
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from pathlib import Path
 
 import yaml
 
 from ..base.core import REPO_ROOT
 from ..base.settings import Settings, cell_source, checked, nearest, refuse_secret, setting
+from ..base.storage import check_path, whole_path
 from ..data.settings import DataSettings
 from ..evaluation.settings import EvaluationSettings
 from ..paper.settings import PaperSettings
-from ..policy.settings import PolicySettings
+from ..policy.settings import PolicySettings, is_folder_name
 from ..rewards.settings import BestOfNSettings, HeuristicSettings, RewardModelSettings
 from ..train.objective import ARMS, RIVAL_ARMS, check_starts
 from ..train.settings import TrainSettings
@@ -109,7 +110,7 @@ def preset_file(name: str, beside: Path | None = None) -> Path:
     Raises: ValueError for an unknown preset, with the nearest known one.
     """
     if name.endswith((".yaml", ".yml")):
-        path = (beside or Path()) / Path(name).expanduser()
+        path = whole_path(beside / name if beside and not name.startswith("~/") else name, "preset")
         if not path.is_file():
             raise ValueError(f"preset {name!r}: there is no such file")
         return path.resolve()
@@ -200,6 +201,23 @@ def override_layers(path: Sequence[str], value: object, arms: Sequence[str]) -> 
     return [(stage, arm, path[-1], value) for stage in stages for arm in [None, *(arms if stage == "train" else [])]]
 
 # %% ../../nbs/run/00_settings.ipynb #c021
+def located(entry: Field, value: object) -> object:
+    """The value of the parameter `entry`, from the root on where it names files: the stages work in other folders.
+
+    Stays as it is: a policy's name, and a file of configs/accelerate/. Raises: ValueError for a path that cannot be.
+    """
+    if not entry.metadata["path"] or not value:
+        return value
+    if isinstance(value, list):
+        return [located(entry, part) for part in value]
+    check_path(value, entry.name)
+    if entry.name == "policy" and not is_folder_name(value):
+        return value
+    if entry.name == "accelerate_config" and (REPO_ROOT / value).is_file():
+        return value
+    return str(whole_path(value, entry.name))
+
+
 def placed(stages: dict, per_arm: dict, layer: Layer) -> None:
     """Write the value of `layer`, checked, into `stages` or, for one arm, into `per_arm`.
 
@@ -212,7 +230,8 @@ def placed(stages: dict, per_arm: dict, layer: Layer) -> None:
         raise ValueError(f"stage {stage!r} has no parameter {name!r}{nearest(name, allowed)}")
     if arm is not None and (stage != "train" or arm not in ARMS | RIVAL_ARMS):
         raise ValueError(f"there is no arm {arm!r} in stage {stage!r}{nearest(arm, ARMS | RIVAL_ARMS)}")
-    (stages[stage] if arm is None else per_arm.setdefault(arm, {}))[name] = checked(allowed[name], value)
+    (stages[stage] if arm is None else per_arm.setdefault(arm, {}))[name] = located(
+        allowed[name], checked(allowed[name], value))
 
 
 def resolve_config(preset: Mapping, overrides: Sequence[str] = ()) -> dict:

