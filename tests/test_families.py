@@ -390,6 +390,18 @@ def test_a_text_cut_anywhere_has_no_broken_character(text):
     assert clean_text("a \ufffd b") == "a \ufffd b"  # what a text says in its middle is its own
 
 
+def test_bytes_in_the_way_of_llama_2_leave_nothing_either():
+    """Its decoder writes U+FFFD for each byte of a cut character, not one for all."""
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace()
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="</s>")
+    ids = tokenizer("fun 😀")["input_ids"]
+    assert tokenizer.decode(ids[:-1]).endswith("\ufffd\ufffd\ufffd")
+    assert [clean_text(tokenizer.decode(ids[:-cut]), tokenizer) for cut in (1, 2, 3, 4)] == ["fun"] * 4
+
+
 # ---- what a run writes down
 
 @pytest.fixture(scope="module")
