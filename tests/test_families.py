@@ -38,6 +38,7 @@ from grpo_engage.policy.sampling import (
     load_policy,
     reply_nll,
 )
+from grpo_engage.train import arm_training
 from grpo_engage.train.objective import Objective
 from grpo_engage.train.references import reference_ids
 
@@ -303,6 +304,24 @@ def test_nothing_but_token_ids_is_left_of_a_generation_config(family, tmp_path):
 
 def test_the_soft_cap_of_an_architecture_stays(folders):
     assert load_policy(folders["gemma"])[0].config.final_logit_softcapping == 30.0
+
+
+def test_vllm_is_told_where_to_stop(folders, tmp_path, monkeypatch):
+    """Up to the trainer: the package itself needs a GPU."""
+    class Caught(Exception):
+        pass
+
+    def catch(model, reward, arguments, *_, **__):
+        raise Caught(arguments)
+
+    monkeypatch.setattr(arm_training, "find_spec", lambda name: True)
+    monkeypatch.setattr(arm_training, "ReplyTrainer", catch)
+    with pytest.raises(Caught) as caught:
+        make_trainer(folders["gemma"], pd.DataFrame({"tweet": POSTS}), tmp_path, objective=Objective(0.0, 1.0, 0.0),
+                     reward=len, posts_per_step=4, num_generations=2, max_steps=1, generation_engine="vllm")
+    ends = load_policy(folders["gemma"])[1].convert_ids_to_tokens(
+        caught.value.args[0].generation_kwargs["stop_token_ids"])
+    assert set(ends) == {"<eos>", "<end_of_turn>"}
 
 
 # ---- padding
