@@ -93,7 +93,8 @@ def own_environment(place: Path, environment: Mapping[str, str] | None = None) -
     own |= {"HF_HOME": given.get("HF_HOME") or os.path.join(cache, "huggingface"), "LC_ALL": "C.UTF-8",
             "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}  # the folder where a command is given holds no modules of ours
     # The code of this command, also where another version is installed, or none; and stages run in other folders.
-    paths = [os.path.dirname(find_spec("grpo_engage").submodule_search_locations[0]), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
+    package = find_spec("grpo_engage").submodule_search_locations[0]
+    paths = [os.path.dirname(package), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
     own["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(map(os.path.abspath, paths)))
     # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
     return {"OMP_WAIT_POLICY": "PASSIVE"} | without_settings(given) | own

@@ -137,6 +137,8 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
     else:  # goes on training; TRL copies it as the frozen "ref"
         model, tokenizer = load_adapted(base, warm_start, trainable=True, **loading)
         adapter = {}
+    if arguments.use_vllm:  # which reads the model's files itself; they may not list the end of a turn
+        arguments.generation_kwargs = {"stop_token_ids": model.generation_config.eos_token_id}
     credit = settings.credit
     rows = training_rows(examples, tokenizer, objective, settings.sampling.posts_per_step, instruction,
                          settings.sampling.max_new_tokens)
