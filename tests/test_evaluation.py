@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hypergeom, mannwhitneyu
+from statsmodels.stats.multitest import multipletests
 
-from grpo_engage.evaluation import evaluation, generation, post_metrics, scoring
+from grpo_engage.evaluation import evaluation, generation, post_metrics, robustness, scoring
 from grpo_engage.stats.intervals import paired_difference
 from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
 
@@ -420,3 +421,72 @@ def test_posts_need_two_replies():
     pairs = pd.DataFrame({"conversation_id": ["a", "b"], "tweet": ["x", "y"], "reply": ["r", "s"], "split": "test"})
     with pytest.raises(ValueError, match="no post in split 'test' has two replies"):
         evaluation.posts_with_replies(pairs, "test")
+
+
+# ---- corrections, columns and views by hand
+
+
+def test_holm_is_over_all_arms_and_headline_metrics_at_once(run_dir):
+    score(run_dir)
+    table = pd.read_csv(run_dir / "evaluation" / "comparisons.csv")
+    family = table[table["metric"].isin(scoring.HEADLINE)]
+    assert len(family) == 2 * len(scoring.HEADLINE)
+    adjusted = multipletests(family["p_value"], method="holm")[1]
+    np.testing.assert_allclose(family["p_holm"], adjusted)
+    assert (family["p_holm"] > family["p_value"]).any()
+    assert table.loc[~table["metric"].isin(scoring.HEADLINE), "p_holm"].isna().all()
+
+
+def some_scores():
+    """Two posts, three replies each, of two arms: no two rows alike in anything."""
+    rng = np.random.default_rng(2)
+    texts = ["yes 👍", "so it is, and more", "no", "не знаю", "ask maria, she was there", "why?"] * 2
+    return pd.DataFrame({"arm": ["a"] * 6 + ["baseline"] * 6, "seed": 0, "post": list("xxxyyy") * 2,
+                         "sample": [0, 1, 2] * 4, "text": texts, "judge": rng.random(12), "reward": rng.random(12),
+                         "gold": math.nan, "rouge_l": rng.random(12), "n_words": rng.integers(1, 9, 12), "tokens": 4.0,
+                         "passed": [True, False] * 6})
+
+
+def test_columns_of_a_post_are_its_own():
+    scored = some_scores()
+    vectors = np.random.default_rng(3).normal(size=(12, 5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    table = post_metrics.metrics_by_post(scored, 50, vectors).set_index(["arm", "post", "metric"])["value"]
+    for (arm, post), group in scored.groupby(["arm", "post"]):
+        similar = [vectors[i] @ vectors[j] for i, j in itertools.combinations(group.index, 2)]
+        assert table[arm, post, "semantic_diversity"] == pytest.approx(1 - np.mean(similar))
+        assert table[arm, post, "proxy_gap"] == pytest.approx(group["reward"].mean() - group["judge"].mean())
+        assert table[arm, post, "rouge_l"] == pytest.approx(group["rouge_l"].mean())
+        assert table[arm, post, "pass@1"] == pytest.approx(group["passed"].mean())
+
+
+def test_each_reply_is_read_beside_its_own_post_and_references():
+    posts, texts = ["the tram is late", "a bridge opens"], ["the tram is late again", "a bridge, finally 🌉"]
+    references = [["late again"], ["finally 🌉", "so what"]]
+    found = post_metrics.read_replies(posts, texts, references)
+    for row in range(2):
+        assert found["rouge_l"][row] == rouge_l(texts[row], references[row]) > 0
+    assert found["copied_from_post"].tolist() == [4, 2]
+
+
+def test_at_equal_length_what_length_explains_is_gone():
+    """A judge that likes a post to some degree, and longer replies: the arm's lead was its length alone."""
+    scored = some_scores()
+    liked = scored["post"].map({"x": 0.1, "y": 0.4})
+    scored = scored.assign(n_words=scored["n_words"] + 5 * (scored["arm"] == "a"))
+    scored = scored.assign(judge=liked + 0.2 * np.log1p(scored["n_words"]))
+    assert scored.groupby("arm")["judge"].mean().diff().abs().max() > 0.05
+    controlled = robustness.length_controlled(scored)
+    usual = np.log1p(scored["n_words"])[scored["arm"] == "baseline"].groupby(scored["post"]).mean()
+    np.testing.assert_allclose(controlled, liked + 0.2 * scored["post"].map(usual), atol=1e-9)
+
+
+def test_each_judge_has_its_own_mark():
+    scored = some_scores().assign(**{f"guard_{name}": False for name in scoring.BLOCKING_GUARDS})
+    scored["second_judge"] = 1 - scored["judge"]
+    frozen = {"judge": "one", "tau": 0.7, "second_judge": {"judge": "two", "tau": 0.2}}
+    table = robustness.robustness_table(scored, frozen, 100, 0)
+    table = table[table["metric"] == "pass@1"].set_index("view")["difference"]
+    for view, passed in (("judge", scored["judge"] >= 0.7), ("second judge", scored["second_judge"] >= 0.2)):
+        means = passed.groupby(scored["arm"]).mean()
+        assert table[view] == pytest.approx(means["a"] - means["baseline"])

@@ -115,6 +115,12 @@ def test_order_columns_and_reasons(nano):
     assert not got["text"].str.contains(r"<\|").any()
 
 
+def test_batches_draw_different_numbers(nano):
+    """The same post in one batch after the other: not the same replies again."""
+    got = generate_replies(*nano, TWEETS[:1], n=12, max_new_tokens=9, batch_size=4, seed=1)["text"].tolist()
+    assert got[:4] != got[4:8] and got[4:8] != got[8:]
+
+
 def test_samples_do_not_depend_on_the_callers_random_state(nano):
     model, tokenizer = nano
     torch.manual_seed(1)
