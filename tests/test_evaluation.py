@@ -16,6 +16,7 @@ from scipy.stats import hypergeom, mannwhitneyu
 from statsmodels.stats.multitest import multipletests
 
 from grpo_engage.evaluation import evaluation, generation, post_metrics, robustness, scoring
+from grpo_engage.evaluation.settings import EvaluationSampling
 from grpo_engage.stats.intervals import paired_difference
 from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
 
@@ -435,6 +436,38 @@ def test_holm_is_over_all_arms_and_headline_metrics_at_once(run_dir):
     np.testing.assert_allclose(family["p_holm"], adjusted)
     assert (family["p_holm"] > family["p_value"]).any()
     assert table.loc[~table["metric"].isin(scoring.HEADLINE), "p_holm"].isna().all()
+
+
+def share_of_the_post(posts, replies):
+    """A judge that knows which post it is asked about: the share of its words that the reply has."""
+    return np.array([np.mean([word in reply.split() for word in post.split()])
+                     for post, reply in zip(posts, replies, strict=True)])
+
+
+def test_each_reply_is_judged_under_its_own_post_and_beside_its_replies():
+    posts = pd.DataFrame({"post": ["p", "q"], "tweet": ["tram late again", "bridge opens 🌉"],
+                          "replies": [["tram late", "no", "why"], ["bridge opens 🌉", "so what"]]})
+    made = pd.DataFrame({"post": ["q", "p", "p"], "arm": "a", "sample": 0,
+                         "text": ["bridge", "bridge opens 🌉", "tram, late again"]})
+    scored = scoring.score_replies(made, posts, {"judge": (share_of_the_post, scoring.beat_fraction)}, False)
+    assert scored["judge"].tolist() == [0.5, pytest.approx(1 / 3), pytest.approx(2.5 / 3)]  # a tie is half
+
+
+def test_the_best_of_n_is_the_best_under_its_own_post(full_run):
+    run_dir, _ = full_run
+    posts = pd.DataFrame({"post": ["p", "q"], "tweet": ["w0 0", "w1 1"], "replies": [["x", "y"]] * 2})
+    sampling = EvaluationSampling.make(n_samples=16)
+
+    def reward(posts, replies):  # texts of post number i hold the word wi
+        return share_of_the_post([post.split()[0] for post in posts], replies) * quality(posts, replies)
+
+    job = generation.Job("best_of_n", "rival", 0, "test", "baseline", best_of=3)
+    chosen = generation.generate_part(run_dir, job, posts, sampling, 0, lambda: (reward, "toy"))[0]
+    plain = generation.generate_part(run_dir, generation.Job("x", "rival", 0, "test", "baseline", best_of=3), posts,
+                                     sampling, 0, None)[0]
+    best = plain.groupby("post")["text"].apply(
+        lambda texts: [max(texts.iloc[i:i + 3], key=lambda text: quality([""], [text])[0]) for i in range(0, 48, 3)])
+    assert chosen.groupby("post")["text"].apply(list).to_dict() == best.to_dict()
 
 
 def some_scores():

@@ -16,12 +16,13 @@ from grpo_engage.evaluation.generation import Job, engineered_prompt, generate_p
 from grpo_engage.evaluation.settings import EvaluationSampling
 from grpo_engage.policy.sampling import format_prompt, generate_replies, load_adapted, load_policy, reply_nll
 from grpo_engage.policy.settings import INSTRUCTION
-from grpo_engage.rewards import reward_model
+from grpo_engage.rewards import best_of_n, reward_model
 from grpo_engage.train import arm_training, hybrid
 from grpo_engage.train.arm_training import trl_reward
 from grpo_engage.train.loop import lora_config, save_adapter
 from grpo_engage.train.objective import Objective
 from grpo_engage.train.references import reference_ids
+from grpo_engage.train.watching import watched_posts
 
 SPLITS = ("policy", "reward", "judge", "validation", "test")
 
@@ -128,6 +129,11 @@ def test_an_arm_sees_the_policy_split_and_is_held_against_validation(stage, run_
     if arm != "grpo":  # which imitates nobody: all posts are its
         assert set(given["examples"]["row"]) == set(pairs.index[(pairs["split"] == "policy") & (pairs.index % 2 == 0)])
     assert set(given["heldout"]["row"]) == set(pairs.index[(pairs["split"] == "validation") & (pairs.index % 2 == 0)])
+
+
+def test_the_posts_that_are_watched_are_validation_posts(run_dir):
+    pairs = pd.read_parquet(run_dir / "data" / "pairs.parquet")
+    assert set(watched_posts(pairs, 10**4)) == set(pairs.loc[pairs["split"] == "validation", "tweet"])
 
 
 def test_every_arm_and_seed_draws_from_a_stream_of_its_own(stage):
@@ -254,6 +260,43 @@ def test_each_model_learns_from_its_own_split(run_dir, tmp_path, monkeypatch):
         reward_model.reward_model_stage(tmp_path, reward_backbone="hashing", judge_backbone="minilm")
     assert seen["hashing"][0] == {"reward"} and seen["minilm"][0] == {"judge"}
     assert seen["hashing"][1] != seen["minilm"][1]
+
+
+def test_what_the_reward_is_compared_with_has_not_seen_validation_either(run_dir, tmp_path, monkeypatch):
+    pairs = pd.read_parquet(run_dir / "data" / "pairs.parquet")
+    labels, seen = reward_model._label(pairs, 1.0, 0.5)[0], []
+
+    class Context:
+        def fit(self, rows, logits, counts, seed):
+            seen.append(set(rows["split"]))
+            return self
+
+        def predict(self, rows, logits):
+            return np.ones(len(rows))
+
+    class Reward:
+        def logits(self, posts, replies):
+            return np.zeros(len(posts))
+
+    monkeypatch.setattr(reward_model, "ContextModel", Context)
+    held = pairs[pairs["split"] == "validation"]
+    reward_model._in_context(tmp_path, pairs, held, np.arange(len(held)), labels, Reward(), 1.0, 0)
+    assert seen == [{"policy", "judge"}] * 2
+
+
+def test_best_of_n_is_tried_on_validation_posts(run_dir, tmp_path, monkeypatch):
+    pairs = pd.read_parquet(run_dir / "data" / "pairs.parquet")
+    write_parquet(tmp_path / "data" / "pairs.parquet", pairs)
+    write_json(tmp_path / "reward_model" / "validation.json", {})
+    write_json(tmp_path / "policy" / "policy.json", {"name": "nano", "sha256": None, "quantization": "none"})
+
+    def catch(model, tokenizer, posts, **_):
+        raise Caught(posts)
+
+    monkeypatch.setattr(best_of_n, "generate_replies", catch)
+    with pytest.raises(Caught) as caught:
+        best_of_n.best_of_n_stage(tmp_path, best_of_n_posts=10**4)
+    assert set(caught.value.args[0]) == set(pairs.loc[pairs["split"] == "validation", "tweet"])
 
 
 def test_likes_of_validation_and_test_move_no_label_of_the_others(run_dir):
