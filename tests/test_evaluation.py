@@ -173,6 +173,7 @@ def test_test_posts_do_not_move_the_pass_mark(run_dir):
     made = pd.read_parquet(path)
     made.loc[made["split"] == "test", "text"] = "so good 1.0"
     made.to_parquet(path)
+    (run_dir / "evaluation" / "pass.json").unlink()  # frozen, it would stay whatever it was made from
     value = score(run_dir)
     assert (run_dir / "evaluation" / "pass.json").read_bytes() == before
     assert value["baseline", "pass@1"] == 1.0
@@ -451,6 +452,24 @@ def test_each_reply_is_judged_under_its_own_post_and_beside_its_replies():
                          "text": ["bridge", "bridge opens 🌉", "tram, late again"]})
     scored = scoring.score_replies(made, posts, {"judge": (share_of_the_post, scoring.beat_fraction)}, False)
     assert scored["judge"].tolist() == [0.5, pytest.approx(1 / 3), pytest.approx(2.5 / 3)]  # a tie is half
+
+
+def test_a_real_reply_is_set_beside_the_others_alone():
+    posts = pd.DataFrame({"post": ["p"], "tweet": ["tram late again"], "replies": [["tram", "tram late", "why 👍"]]})
+    made = pd.DataFrame({"post": "p", "arm": ["real", "real", "real", "a"], "sample": [1, 0, 2, 1],
+                         "text": ["tram late", "tram", "why 👍", "tram late"]})
+    scored = scoring.score_replies(made, posts, {"judge": (share_of_the_post, scoring.beat_fraction)}, False)
+    assert scored["judge"].tolist() == [1.0, 0.5, 0.0, pytest.approx(2.5 / 3)]
+    assert scored["rouge_l"].tolist() == [pytest.approx(2 / 3), pytest.approx(2 / 3), 0.0, 1.0]
+
+
+def test_the_pass_mark_is_the_baselines_whoever_else_replied():
+    rng = np.random.default_rng(4)
+    scored = pd.DataFrame({"seed": 0, "split": "validation", "judge": rng.random(160), "arm": "baseline",
+                           "post": np.repeat(np.arange(10), 16), "sample": np.tile(np.arange(16), 10)})
+    scored = scored.assign(**{f"guard_{name}": False for name in scoring.BLOCKING_GUARDS})
+    others = pd.concat([scored.assign(arm="grpo", judge=1.0), scored, scored.assign(split="test", judge=0.0)])
+    assert scoring.calibrate(others, 0.6, "x") == scoring.calibrate(scored, 0.6, "x")
 
 
 def test_the_best_of_n_is_the_best_under_its_own_post(full_run):
