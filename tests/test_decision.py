@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
+from statsmodels.stats.multitest import multipletests
 
+from grpo_engage.evaluation import conclusions
 from grpo_engage.evaluation.conclusions import GUARDED, PROJECTED, beside_projection, compare_arms, decide, recommend
 from grpo_engage.stats.crossed import crossed_difference
 
@@ -81,3 +83,30 @@ def test_no_rival_and_no_baseline():
     assert recommend(decide(table({"baseline": BASE}))).startswith("Iterate: no arm")
     with pytest.raises(ValueError, match="no arm 'baseline'"):
         decide(table({"grpo": GOOD}))
+
+
+def by_p_values(monkeypatch, p_values, difference=0.1):
+    """`decide` for arms whose comparisons with the baseline have these p-values (metric or arm -> p)."""
+    def compared(by_post, arm, versus, metric):
+        p = p_values.get(arm, p_values.get(metric, 0.9))
+        return {"difference": difference, "low": -1.0, "high": 1.0, "p_value": p, "reason": ""}
+
+    monkeypatch.setattr(conclusions, "compare_arms", compared)
+    return decide(table({"baseline": BASE} | {arm: GOOD for arm in p_values if arm not in GUARDED} | {"other": GOOD}))
+
+
+def test_the_lead_over_the_baseline_is_corrected_for_the_number_of_arms(monkeypatch):
+    p_values = {"grpo": 0.02, "hybrid": 0.03, "polychromic": 0.001, "other": 0.5}
+    lead = by_p_values(monkeypatch, p_values)
+    lead = lead[lead["criterion"].str.startswith("pass@10 above")].set_index("arm")
+    adjusted = dict(zip(p_values, multipletests(list(p_values.values()), method="holm")[1], strict=True))
+    for arm, p in adjusted.items():
+        assert lead.loc[arm, "p_holm"] == pytest.approx(p) and (lead.loc[arm, "status"] == "met") == (p < 0.05)
+    assert lead.loc["grpo", "status"] == "inconclusive"  # 0.02 alone would have done
+
+
+def test_a_loss_is_corrected_for_the_number_of_metrics(monkeypatch):
+    for p, expected in ((0.02, "met"), (0.001, "not met")):
+        decision = by_p_values(monkeypatch, {"rouge_l": p}, difference=-0.1)
+        row = decision[decision["criterion"].str.startswith("no metric")].iloc[0]
+        assert row["status"] == expected, p

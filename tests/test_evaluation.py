@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hypergeom, mannwhitneyu
+from statsmodels.stats.multitest import multipletests
 
-from grpo_engage.evaluation import evaluation, generation, post_metrics, scoring
+from grpo_engage.evaluation import evaluation, generation, post_metrics, robustness, scoring
+from grpo_engage.evaluation.settings import EvaluationSampling
 from grpo_engage.stats.intervals import paired_difference
 from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
 
@@ -171,6 +173,7 @@ def test_test_posts_do_not_move_the_pass_mark(run_dir):
     made = pd.read_parquet(path)
     made.loc[made["split"] == "test", "text"] = "so good 1.0"
     made.to_parquet(path)
+    (run_dir / "evaluation" / "pass.json").unlink()  # frozen, it would stay whatever it was made from
     value = score(run_dir)
     assert (run_dir / "evaluation" / "pass.json").read_bytes() == before
     assert value["baseline", "pass@1"] == 1.0
@@ -420,3 +423,122 @@ def test_posts_need_two_replies():
     pairs = pd.DataFrame({"conversation_id": ["a", "b"], "tweet": ["x", "y"], "reply": ["r", "s"], "split": "test"})
     with pytest.raises(ValueError, match="no post in split 'test' has two replies"):
         evaluation.posts_with_replies(pairs, "test")
+
+
+# ---- corrections, columns and views by hand
+
+
+def test_holm_is_over_all_arms_and_headline_metrics_at_once(run_dir):
+    score(run_dir)
+    table = pd.read_csv(run_dir / "evaluation" / "comparisons.csv")
+    family = table[table["metric"].isin(scoring.HEADLINE)]
+    assert len(family) == 2 * len(scoring.HEADLINE)
+    adjusted = multipletests(family["p_value"], method="holm")[1]
+    np.testing.assert_allclose(family["p_holm"], adjusted)
+    assert (family["p_holm"] > family["p_value"]).any()
+    assert table.loc[~table["metric"].isin(scoring.HEADLINE), "p_holm"].isna().all()
+
+
+def share_of_the_post(posts, replies):
+    """A judge that knows which post it is asked about: the share of its words that the reply has."""
+    return np.array([np.mean([word in reply.split() for word in post.split()])
+                     for post, reply in zip(posts, replies, strict=True)])
+
+
+def test_each_reply_is_judged_under_its_own_post_and_beside_its_replies():
+    posts = pd.DataFrame({"post": ["p", "q"], "tweet": ["tram late again", "bridge opens 🌉"],
+                          "replies": [["tram late", "no", "why"], ["bridge opens 🌉", "so what"]]})
+    made = pd.DataFrame({"post": ["q", "p", "p"], "arm": "a", "sample": 0,
+                         "text": ["bridge", "bridge opens 🌉", "tram, late again"]})
+    scored = scoring.score_replies(made, posts, {"judge": (share_of_the_post, scoring.beat_fraction)}, False)
+    assert scored["judge"].tolist() == [0.5, pytest.approx(1 / 3), pytest.approx(2.5 / 3)]  # a tie is half
+
+
+def test_a_real_reply_is_set_beside_the_others_alone():
+    posts = pd.DataFrame({"post": ["p"], "tweet": ["tram late again"], "replies": [["tram", "tram late", "why 👍"]]})
+    made = pd.DataFrame({"post": "p", "arm": ["real", "real", "real", "a"], "sample": [1, 0, 2, 1],
+                         "text": ["tram late", "tram", "why 👍", "tram late"]})
+    scored = scoring.score_replies(made, posts, {"judge": (share_of_the_post, scoring.beat_fraction)}, False)
+    assert scored["judge"].tolist() == [1.0, 0.5, 0.0, pytest.approx(2.5 / 3)]
+    assert scored["rouge_l"].tolist() == [pytest.approx(2 / 3), pytest.approx(2 / 3), 0.0, 1.0]
+
+
+def test_the_pass_mark_is_the_baselines_whoever_else_replied():
+    rng = np.random.default_rng(4)
+    scored = pd.DataFrame({"seed": 0, "split": "validation", "judge": rng.random(160), "arm": "baseline",
+                           "post": np.repeat(np.arange(10), 16), "sample": np.tile(np.arange(16), 10)})
+    scored = scored.assign(**{f"guard_{name}": False for name in scoring.BLOCKING_GUARDS})
+    others = pd.concat([scored.assign(arm="grpo", judge=1.0), scored, scored.assign(split="test", judge=0.0)])
+    assert scoring.calibrate(others, 0.6, "x") == scoring.calibrate(scored, 0.6, "x")
+
+
+def test_the_best_of_n_is_the_best_under_its_own_post(full_run):
+    run_dir, _ = full_run
+    posts = pd.DataFrame({"post": ["p", "q"], "tweet": ["w0 0", "w1 1"], "replies": [["x", "y"]] * 2})
+    sampling = EvaluationSampling.make(n_samples=16)
+
+    def reward(posts, replies):  # texts of post number i hold the word wi
+        return share_of_the_post([post.split()[0] for post in posts], replies) * quality(posts, replies)
+
+    job = generation.Job("best_of_n", "rival", 0, "test", "baseline", best_of=3)
+    chosen = generation.generate_part(run_dir, job, posts, sampling, 0, lambda: (reward, "toy"))[0]
+    plain = generation.generate_part(run_dir, generation.Job("x", "rival", 0, "test", "baseline", best_of=3), posts,
+                                     sampling, 0, None)[0]
+    best = plain.groupby("post")["text"].apply(
+        lambda texts: [max(texts.iloc[i:i + 3], key=lambda text: quality([""], [text])[0]) for i in range(0, 48, 3)])
+    assert chosen.groupby("post")["text"].apply(list).to_dict() == best.to_dict()
+
+
+def some_scores():
+    """Two posts, three replies each, of two arms: no two rows alike in anything."""
+    rng = np.random.default_rng(2)
+    texts = ["yes 👍", "so it is, and more", "no", "не знаю", "ask maria, she was there", "why?"] * 2
+    return pd.DataFrame({"arm": ["a"] * 6 + ["baseline"] * 6, "seed": 0, "post": list("xxxyyy") * 2,
+                         "sample": [0, 1, 2] * 4, "text": texts, "judge": rng.random(12), "reward": rng.random(12),
+                         "gold": math.nan, "rouge_l": rng.random(12), "n_words": rng.integers(1, 9, 12), "tokens": 4.0,
+                         "passed": [True, False] * 6})
+
+
+def test_columns_of_a_post_are_its_own():
+    scored = some_scores()
+    vectors = np.random.default_rng(3).normal(size=(12, 5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    table = post_metrics.metrics_by_post(scored, 50, vectors).set_index(["arm", "post", "metric"])["value"]
+    for (arm, post), group in scored.groupby(["arm", "post"]):
+        similar = [vectors[i] @ vectors[j] for i, j in itertools.combinations(group.index, 2)]
+        assert table[arm, post, "semantic_diversity"] == pytest.approx(1 - np.mean(similar))
+        assert table[arm, post, "proxy_gap"] == pytest.approx(group["reward"].mean() - group["judge"].mean())
+        assert table[arm, post, "rouge_l"] == pytest.approx(group["rouge_l"].mean())
+        assert table[arm, post, "pass@1"] == pytest.approx(group["passed"].mean())
+
+
+def test_each_reply_is_read_beside_its_own_post_and_references():
+    posts, texts = ["the tram is late", "a bridge opens"], ["the tram is late again", "a bridge, finally 🌉"]
+    references = [["late again"], ["finally 🌉", "so what"]]
+    found = post_metrics.read_replies(posts, texts, references)
+    for row in range(2):
+        assert found["rouge_l"][row] == rouge_l(texts[row], references[row]) > 0
+    assert found["copied_from_post"].tolist() == [4, 2]
+
+
+def test_at_equal_length_what_length_explains_is_gone():
+    """A judge that likes a post to some degree, and longer replies: the arm's lead was its length alone."""
+    scored = some_scores()
+    liked = scored["post"].map({"x": 0.1, "y": 0.4})
+    scored = scored.assign(n_words=scored["n_words"] + 5 * (scored["arm"] == "a"))
+    scored = scored.assign(judge=liked + 0.2 * np.log1p(scored["n_words"]))
+    assert scored.groupby("arm")["judge"].mean().diff().abs().max() > 0.05
+    controlled = robustness.length_controlled(scored)
+    usual = np.log1p(scored["n_words"])[scored["arm"] == "baseline"].groupby(scored["post"]).mean()
+    np.testing.assert_allclose(controlled, liked + 0.2 * scored["post"].map(usual), atol=1e-9)
+
+
+def test_each_judge_has_its_own_mark():
+    scored = some_scores().assign(**{f"guard_{name}": False for name in scoring.BLOCKING_GUARDS})
+    scored["second_judge"] = 1 - scored["judge"]
+    frozen = {"judge": "one", "tau": 0.7, "second_judge": {"judge": "two", "tau": 0.2}}
+    table = robustness.robustness_table(scored, frozen, 100, 0)
+    table = table[table["metric"] == "pass@1"].set_index("view")["difference"]
+    for view, passed in (("judge", scored["judge"] >= 0.7), ("second judge", scored["second_judge"] >= 0.2)):
+        means = passed.groupby(scored["arm"]).mean()
+        assert table[view] == pytest.approx(means["a"] - means["baseline"])

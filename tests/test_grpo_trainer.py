@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file
 from training import make_grpo_trainer, train_grpo, train_supervised
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 from grpo_engage.base.core import file_sha256
 from grpo_engage.policy.sampling import load_policy, reply_nll
-from grpo_engage.train.advantages import group_advantage
+from grpo_engage.train.advantages import group_advantage, less_other_groups
 from grpo_engage.train.arm_training import largest_divisor
 from grpo_engage.train.hybrid import pilot_verdict, train_stage
 from grpo_engage.train.loop import tidy_log
 from grpo_engage.train.objective import ARMS, Objective, trainable_arm
-from grpo_engage.train.stopping import RewardError
+from grpo_engage.train.stopping import RewardError, checked_scores
 
 
 class Killed(Exception):
@@ -54,6 +55,14 @@ def test_group_advantage_by_brute_force():
         mean = sum(group) / 4
         std = math.sqrt(sum((r - mean) ** 2 for r in group) / 3)
         assert advantages == pytest.approx([(r - mean) / (std + 1e-4) for r in group])
+
+
+def test_the_baseline_of_a_group_is_the_mean_of_the_others():
+    credit = np.random.default_rng(1).random((4, 3)) + np.arange(4)[:, None]
+    by_hand = [[value - np.mean([other for h, row in enumerate(credit) if h != g for other in row]) for value in group]
+               for g, group in enumerate(credit)]
+    np.testing.assert_allclose(less_other_groups(credit), by_hand)
+    np.testing.assert_array_equal(less_other_groups(credit[:1]), credit[:1])  # no other group, no baseline
 
 
 @pytest.mark.parametrize("bad", [[0.1, 0.2], [[0.1]], [[0.1, math.inf]]])
@@ -175,6 +184,29 @@ def test_a_reward_that_raises_names_post_and_completion(base, pairs, tmp_path):
     assert repr(seen[2][0][:200]) in str(caught.value) and repr(seen[2][1][:200]) in str(caught.value)
     with pytest.raises(RewardError, match="shape"):
         train_grpo(base, pairs["tweet"], lambda posts, replies: np.zeros(1), tmp_path, **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_names_its_reply(value):
+    with pytest.raises(RewardError, match=r"is (nan|-?inf) \(step 3, post 'b', completion 'y 👍'\)"):
+        checked_scores(lambda posts, replies: [0.5, value, 0.1], ["a", "b", "c"], ["x", "y 👍", "z"], 3)
+
+
+def test_each_epoch_has_an_order_of_its_own_which_is_trls(base, pairs, tmp_path):
+    trainer = make_grpo_trainer(base, pairs["tweet"], brevity, tmp_path, max_steps=1, learning_rate=1e-3,
+                                posts_per_step=3, num_generations=2)
+    stock, orders = GRPOTrainer._get_train_sampler(trainer), []
+    for epoch in range(3):
+        trainer.state.epoch = float(epoch)
+        orders.append(list(trainer._get_train_sampler()))
+        assert orders[-1] == list(stock)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_kl_is_logged_by_reply():
+    logged = {"step": 1, "loss": 0.0, "completions/mean_length": 12.5}
+    log = tidy_log([logged | {"kl": 0.02}, {"step": 2, "loss": 0.0}, {"train_runtime": 1.0}])
+    assert log["kl"][0] == pytest.approx(0.25) and log["kl_per_token"][0] == 0.02 and np.isnan(log["kl"][1])
 
 
 def test_bad_sizes_are_refused(base, pairs, tmp_path):

@@ -12,6 +12,7 @@ import typst
 
 from grpo_engage.base.core import read_json, write_csv, write_json, write_parquet
 from grpo_engage.paper import exhibits, paper, results
+from grpo_engage.paper.exhibits import number, with_interval
 from grpo_engage.paper.pdf import HOW_TO_GET_LATEX, build_pdf, latex_obstacle, undefined_macros
 
 SOURCE = Path(__file__).parents[1] / "paper" / "main.tex"
@@ -294,6 +295,12 @@ def test_pooling_over_seeds_against_the_definition():
     assert row["value"] == pytest.approx(values.mean())
     assert row["value"] - row["ci_low"] == pytest.approx(np.sqrt(0.1**2 + half**2))
     assert row["ci_high"] - row["value"] == pytest.approx(np.sqrt(0.2**2 + half**2))
+
+
+def test_numbers_keep_their_sign_and_intervals_their_ends():
+    assert [number(value) for value in (0.5, -0.5, -0.0004, 1234.5678, float("nan"), None)] == [
+        "0.500", "$-$0.500", "0.000", r"1\,234.568", "--", "--"]
+    assert with_interval(0.2, -0.1, 0.35) == "0.20 {[}$-$0.10, 0.35{]}" and with_interval(0.2, None, 0.3) == "0.20"
 
 
 def test_many_arms_become_rows(tmp_path):

@@ -115,6 +115,22 @@ def test_order_columns_and_reasons(nano):
     assert not got["text"].str.contains(r"<\|").any()
 
 
+def test_a_reply_that_ended_itself_counts_its_end(nano):
+    """Against the likelihood of the same text, which `reply_nll` computes with its end token."""
+    got = generate_replies(*nano, TWEETS, n=16, max_new_tokens=28, batch_size=16, seed=2)
+    got = got[got["finish_reason"] == "stop"]
+    table = reply_nll(*nano, [TWEETS[post] for post in got["post"]], got["text"].tolist())
+    same = (table["n_tokens"].to_numpy() == got["n_tokens"].to_numpy())  # a text may be cut into other tokens again
+    assert len(got) > 20 and same.mean() > 0.8
+    np.testing.assert_allclose(got["log_prob"][same], -table["nll"][same], rtol=1e-3)
+
+
+def test_batches_draw_different_numbers(nano):
+    """The same post in one batch after the other: not the same replies again."""
+    got = generate_replies(*nano, TWEETS[:1], n=12, max_new_tokens=9, batch_size=4, seed=1)["text"].tolist()
+    assert got[:4] != got[4:8] and got[4:8] != got[8:]
+
+
 def test_samples_do_not_depend_on_the_callers_random_state(nano):
     model, tokenizer = nano
     torch.manual_seed(1)

@@ -1,5 +1,6 @@
 """The reward model: embeddings, deconfounding, references, pairwise training, saving, the stage and its bad input."""
 
+import itertools
 import json
 
 import numpy as np
@@ -28,7 +29,7 @@ from grpo_engage.rewards.context_model import ContextModel, context_features
 from grpo_engage.rewards.encoder_tuning import TunedMiniLMBackbone
 from grpo_engage.rewards.engagement_model import EngagementRewardModel, shuffled_label_twins
 from grpo_engage.rewards.heuristic import clear_pairs, pairwise_accuracy
-from grpo_engage.rewards.overoptimisation import misjudged
+from grpo_engage.rewards.overoptimisation import best_of_n, misjudged
 from grpo_engage.rewards.pairwise import bradley_terry_loss, pair_features, training_pairs
 from grpo_engage.rewards.reward_model import CombinedReward, beat_probability, reward_model_stage
 from grpo_engage.rewards.text_evidence import TYPICALITY, TextEvidence
@@ -41,7 +42,7 @@ from grpo_engage.rewards.validation import (
     verdict,
     within_post_spearman,
 )
-from grpo_engage.stats.intervals import seed_interval
+from grpo_engage.stats.intervals import cluster_bootstrap, seed_interval
 from grpo_engage.text import embedding as embedding_module
 from grpo_engage.text.embedding import EMBEDDING_SIZE, HashingBackbone, _ngram_counts, _tf_idf, embed, text_features
 from grpo_engage.train.causal_reward import preference_dataset
@@ -695,3 +696,36 @@ def test_shuffled_label_control_is_wider_than_over_models_or_posts_alone(trained
     alone = accuracy(noise[0], higher, lower, pairs["conversation_id"].to_numpy(), 0)
     assert same["ci_high"] - same["ci_low"] == pytest.approx(alone["ci_high"] - alone["ci_low"], rel=0.1)
     assert np.isnan(control_accuracy(pairs, trained, noise[:1], seed=0)["shuffled_labels"]["ci_low"])
+
+
+# --- what an average over everything would hide
+
+
+def test_accuracy_has_its_interval_over_conversations():
+    """All pairs of a conversation right, or all wrong: ten observations, however many pairs there are."""
+    posts, values = np.repeat(np.arange(10), 6), np.tile(np.arange(6.0), 10)
+    scores = np.where(posts % 3 == 0, -values, values)
+    higher, lower = all_pairs(posts, values)
+    found = accuracy(scores, higher, lower, posts, seed=0)
+    by_hand = cluster_bootstrap((np.arange(10) % 3 != 0).astype(float), np.arange(10), seed=0)
+    assert (found["estimate"], found["ci_low"], found["ci_high"]) == pytest.approx(by_hand)
+    assert found["n"] == 150 and found["ci_high"] - found["ci_low"] > 0.3
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_best_of_n_by_enumerating_subsets(n):
+    random = np.random.default_rng(0)
+    proxy, target = random.integers(0, 4, (5, 6)).astype(float), random.random((5, 6))  # with ties: any of them
+    for own, truth, found in zip(proxy, target, best_of_n(proxy, target, n), strict=True):
+        picks = [np.mean([truth[i] for i in subset if own[i] == max(own[list(subset)])])
+                 for subset in itertools.combinations(range(6), n)]
+        assert found == pytest.approx(np.mean(picks))
+
+
+def test_a_penalty_takes_the_spread_off_the_learned_part(trained):
+    posts, replies = ["news about the rain"] * 3, ["bread rain?", "rain rain rain", "no?"]
+    learned, spread = trained.score_and_uncertainty(posts, replies)
+    assert (spread > 0).any()
+    heuristic = heuristic_reward.HeuristicReward()
+    expected = 0.5 * np.maximum(learned - 2 * spread, 0) + 0.5 * heuristic(posts, replies)
+    np.testing.assert_allclose(CombinedReward(trained, heuristic, 0.5, 2.0)(posts, replies), expected)
