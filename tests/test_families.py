@@ -40,7 +40,6 @@ from grpo_engage.policy.sampling import (
 )
 from grpo_engage.train import arm_training
 from grpo_engage.train.objective import Objective
-from grpo_engage.train.references import reference_ids
 
 POSTS = ["The trains are late again, 40 minutes!", "so happy for you 😀👩‍🚀", "Почему камера тормозит?",
          "この電車はまた遅れています。"]
@@ -195,7 +194,7 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(folders, tmp_p
 
 # ---- the end of a reply
 
-def test_a_reference_ends_with_the_token_that_stops_sampling(family):
+def test_a_reference_ends_with_the_token_that_stops_sampling(family, tmp_path):
     name, folder = family
     model, tokenizer = load_policy(folder)
     end = tokenizer.convert_tokens_to_ids(FAMILIES[name][6])
@@ -203,8 +202,11 @@ def test_a_reference_ends_with_the_token_that_stops_sampling(family):
     stops = stop_tokens(tokenizer, model.config, model.generation_config)
     assert model.generation_config.eos_token_id == stops
     assert {end, *tokenizer.convert_tokens_to_ids(FAMILIES[name][7]), tokenizer.eos_token_id} == set(stops)
-    ids, labels = reference_ids({"prompt": format_prompt(POSTS[0], tokenizer), "reference": REPLIES[0]}, tokenizer)
-    assert ids[-1] == labels[-1] == end
+    rows = trained_on(folder, tmp_path, Objective(1.0, 0.0, 0.0))._references([{
+        "prompt": format_prompt(POSTS[0], tokenizer), "reference": REPLIES[0]}], 1)
+    asked = tokenizer(format_prompt(POSTS[0], tokenizer))["input_ids"]
+    assert rows["reference_ids"][0].tolist() == asked + reply_ids(REPLIES[0], tokenizer)
+    assert rows["reference_labels"][0].tolist()[-1] == end
     chat = [{"role": "user", "content": POSTS[0]}, {"role": "assistant", "content": REPLIES[0]}]
     whole = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
     assert [*tokenizer(REPLIES[0], add_special_tokens=False)["input_ids"][1:], end] == (
@@ -249,10 +251,10 @@ def sampled(folder):
     return made[["text", "n_tokens", "finish_reason"]]
 
 
-def trained_on(folder, place):
+def trained_on(folder, place, objective=None):
     pairs = pd.DataFrame({"tweet": POSTS, "reply": REPLIES})
-    return make_trainer(folder, pairs, place, objective=Objective(0.0, 1.0, 0.0), posts_per_step=4, num_generations=2,
-                        max_steps=1, max_new_tokens=10,
+    return make_trainer(folder, pairs, place, objective=objective or Objective(0.0, 1.0, 0.0), posts_per_step=4,
+                        num_generations=2, max_steps=1, max_new_tokens=10,
                         reward=lambda posts, replies: [float(len(reply)) for reply in replies])
 
 
@@ -367,8 +369,6 @@ def test_a_long_post_is_cut_at_its_end_and_the_template_stays(tmp_path, capsys, 
     assert capsys.readouterr().out.count("posts are cut at their end") <= 1
     table = reply_nll(model, tokenizer, [LONG, "storm"], ["またですか " * 99, "ok"], instruction="Reply.")
     assert table["nll"].gt(0).all() and table["n_tokens"][0] <= context
-    row = {"prompt": prompt, "reference": "またですか " * 99}
-    assert len(reference_ids(row, tokenizer)[0]) <= context
 
 
 def test_a_context_without_place_for_a_post_is_refused_in_one_line(tmp_path):
@@ -388,6 +388,15 @@ def test_training_on_long_posts_and_references_fits_a_short_context(tmp_path):
                            reward=lambda posts, replies: [float(len(reply)) for reply in replies])
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_a_post_is_limited_in_tokens_where_the_context_is_long(tmp_path):
+    """Training on references refuses a prompt that leaves none of `max_length`; no post may come near."""
+    tokenizer = load_policy(build(tmp_path / "long", "qwen", 32768))[1]
+    prompt = format_prompt("🚆" * 1000, tokenizer)
+    assert 300 < len(tokenizer(prompt)["input_ids"]) < 512 - 28 and prompt.endswith("assistant\n")
+    accents = format_prompt("a" + "\u0301" * 999, tokenizer)  # one character, and no post may stop a run
+    assert 300 < len(tokenizer(accents)["input_ids"]) < 512 - 28
 
 
 def test_english_posts_of_nano_are_not_touched():
