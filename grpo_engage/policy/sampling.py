@@ -99,8 +99,8 @@ def _fitting(post: str, prompt_of: Callable[[str], str], tokenizer: PreTrainedTo
             _warn_of_cut(str(tokenizer.name_or_path), limit, context)
             return starts[kept].rstrip()
     raise PromptTooLong(f"model {tokenizer.name_or_path}: its context of {context} tokens has no place for a post: "
-                        f"{max(room, context // 4)} are kept for the reply, and a prompt of {tokens(prompt_of(''))} does "
-                        "not fit into the rest; take another model, a shorter instruction or fewer max_new_tokens")
+                        f"{max(room, context // 4)} are kept for the reply, and a prompt of {tokens(prompt_of(''))} "
+                        "does not fit into the rest; take another model, a shorter instruction or fewer max_new_tokens")
 
 # %% ../../nbs/policy/01_sampling.ipynb #c008b
 def format_prompt(post_text: str, tokenizer: PreTrainedTokenizerBase, instruction: str = INSTRUCTION,
