@@ -8,6 +8,7 @@ __all__ = ['run_folder', 'only_one', 'is_busy', 'run_status', 'main']
 # %% ../../nbs/run/02_cli.ipynb #c002
 import argparse
 import fcntl
+import math
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.core import REPO_ROOT, read_json, say, write_json
-from ..base.environment import launcher, own_environment
+from ..base.environment import own_environment, refuse_launcher
 from ..base.processes import end_with
 from ..base.settings import default_of, described
 from ..base.storage import check_path, check_writable, whole_path
@@ -210,9 +211,8 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    folder = run_folder("x").parent
-    rows = [run_status(path) for path in sorted(folder.glob("*")) if path.is_dir()] if folder.exists() else []
-    print(pd.DataFrame(rows).to_string(index=False, na_rep="") if rows else f"no runs yet in {folder}")
+    rows = [run_status(path) for path in sorted(run_folder("x").parent.glob("*")) if path.is_dir()]
+    print(pd.DataFrame(rows).to_string(index=False, na_rep="") if rows else f"no runs yet in {run_folder('x').parent}")
     return 0
 
 
@@ -220,12 +220,12 @@ def _judge(args: argparse.Namespace) -> int:
     from grpo_engage.judges.endpoint import Endpoint
     from grpo_engage.judges.llm_judging import judge_run
 
-    if not (run_folder(args.run) / "evaluation" / "generations.parquet").exists():
-        raise ValueError(f"there is no run {args.run!r} with an evaluation in {run_folder(args.run).parent}")
-    endpoint = Endpoint(args.url, args.model, args.key_variable, args.price_in, args.price_out, args.max_tokens,
-                        args.timeout)
-    tables = judge_run(run_folder(args.run), endpoint, versus=args.versus, limit=args.limit, repeats=args.repeats,
-                       injected=args.injected, max_cost=args.max_cost)
+    if not ((folder := run_folder(args.run)) / "evaluation" / "generations.parquet").exists():
+        raise ValueError(f"there is no run {args.run!r} with an evaluation in {folder.parent}")
+    endpoint = Endpoint(*(getattr(args, name) for name in (
+        "url", "model", "key_variable", "price_in", "price_out", "max_tokens", "timeout")))
+    tables = judge_run(folder, endpoint, **{name: getattr(args, name) for name in (
+        "versus", "limit", "repeats", "injected", "max_cost")})
     for name in ("summary", "agreement", "flips"):
         print(f"{name}\n{tables[name].round(3).to_string(index=False, na_rep='', max_colwidth=60)}")
     return 0
@@ -286,15 +286,14 @@ def _parser() -> argparse.ArgumentParser:
     for name, kind, default, text in (
             ("run", str, None, "the run"), ("model", str, None, "the model's name at the endpoint"),
             ("url", str, None, "an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1"),
-            ("max-cost", float, float("inf"), "US dollars that may be spent; needed for another machine's endpoint"),
-            ("price-in", float, float("nan"), "US dollars for a million tokens read"),
-            ("price-out", float, float("nan"), "US dollars for a million tokens written"),
+            ("max-cost", float, math.inf, "US dollars that may be spent; needed for another machine's endpoint"),
+            ("price-in", float, math.nan, "US dollars for a million tokens read"),
+            ("price-out", float, math.nan, "... and for a million written"),
             ("key-variable", str, "GRPO_ENGAGE_JUDGE_KEY", "environment variable that holds the key"),
-            ("max-tokens", int, 1024, "of an answer with its thoughts (default 1024); raised once, eightfold, when an "
-             "answer is cut before its verdict"),
-            ("timeout", float, 120.0, "seconds for a call (default 120)"),
-            ("limit", int, 20, "pairs of each arm"), ("repeats", int, 2, "how often each question is asked"),
-            ("injected", int, 2, "pairs on which hidden orders are tried"), ("versus", str, "baseline", "the rival")):
+            ("max-tokens", int, 1024, "of an answer with its thoughts; raised once where a verdict is cut off"),
+            ("timeout", float, 120.0, "seconds for a call"), ("limit", int, 20, "pairs of each arm"),
+            ("repeats", int, 2, "how often each question is asked"), ("versus", str, "baseline", "the rival"),
+            ("injected", int, 2, "pairs on which hidden orders are tried")):
         judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)
     job = command("job", _job, "run one job inside a run's folder (Snakemake calls this)")
     job.add_argument("stage")
@@ -307,9 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code. What a user got wrong is one line on stderr, never a traceback."""
     args = _parser().parse_args(arguments)
     try:
-        if launcher():
-            raise ValueError(f"started by {launcher()}, this command would do everything in each process: give it "
-                             "alone, with -p n_processes=2 (or more); it starts those itself (-p accelerate_config)")
+        refuse_launcher()
         check_path(REPO_ROOT, "the folder of grpo_engage")
         for name in ("GRPO_ENGAGE_RUNS", "GRPO_ENGAGE_MODELS"):  # the stages run in other folders
             if os.environ.get(name):
