@@ -21,7 +21,6 @@ from grpo_engage.train import arm_training, hybrid
 from grpo_engage.train.arm_training import trl_reward
 from grpo_engage.train.loop import lora_config, save_adapter
 from grpo_engage.train.objective import Objective
-from grpo_engage.train.references import reference_ids
 from grpo_engage.train.watching import watched_posts
 
 SPLITS = ("policy", "reward", "judge", "validation", "test")
@@ -167,15 +166,6 @@ def test_what_is_saved_is_what_was_trained_and_not_its_frozen_copy(run_dir, base
     names = [name for name in saved if ".default." in name]
     assert names and all(torch.equal(saved[name], now[name]) for name in names)
     assert not all(torch.equal(now[name], now[name.replace(".default.", ".ref.")]) for name in names)
-
-
-def test_a_long_reference_keeps_its_start_and_a_long_post_its_end(base):
-    tokenizer = load_policy(base)[1]
-    prompt, reply = tokenizer("one two three four five six seven")["input_ids"], "a bb c dd e ff g hh i jj k ll"
-    ids, labels = reference_ids({"prompt": "one two three four five six seven", "reference": reply}, tokenizer, 12)
-    own = [label for label in labels if label != -100]
-    assert len(ids) == 12 and own == tokenizer(reply, add_special_tokens=False)["input_ids"][:6]
-    assert ids[:6] == prompt[-6:] and ids[6:] == own
 
 
 # ---- rewards
