@@ -145,13 +145,13 @@ def test_every_arm_and_seed_draws_from_a_stream_of_its_own(stage):
 
 
 def test_each_job_of_a_run_gets_its_arm_and_seed():
-    config = resolve_config(load_preset("smoke") | {"seeds": [3, 5], "arms": ["baseline", "grpo"]})
+    config = resolve_config(load_preset("smoke") | {"n_seeds": 2, "seed": 3}) | {"preset": "smoke"}
     trained = [job for job in jobs(config) if job[0] == "train"]
-    assert trained == [("train", arm, seed) for arm in ("baseline", "grpo") for seed in (3, 5)]
+    assert trained == [("train", arm, seed) for arm in config["arms"] for seed in config["seeds"]]
     for job in trained:
         given = job_parameters(config, *job)
         assert (given["arm"], given["seed"]) == job[1:]
-    assert job_parameters(config, "evaluation")["seeds"] == [3, 5]
+    assert job_parameters(config, "evaluation")["seeds"] == config["seeds"] and len(set(config["seeds"])) == 2
 
 
 def test_heldout_loss_is_that_of_the_adapter(run_dir, base):
