@@ -222,6 +222,12 @@ def test_strangers_text_stays_text(tmp_path):
     assert r"\\input{x}" in typ and "U+1F600" in typ
 
 
+def test_comparisons_show_both_p_values(tmp_path):
+    table = exhibits.comparisons_table(results.load_run(make_run(tmp_path), ["baseline", "grpo"], [0]))
+    row = next(line for line in table.splitlines() if "Pass@10" in line)
+    assert [cell.strip() for cell in row.rstrip("\\ ").split("&")][-3:] == ["0.400", "0.800", "16"]
+
+
 def test_names_of_arms_stay_text(tmp_path):
     """A rival is called as its file is; an arm of ours may have an underscore."""
     run = results.load_run(make_run(tmp_path, arms=("baseline", "baseline_long")), ["baseline", "baseline_long"], [0])
