@@ -145,6 +145,12 @@ VOTE = {"voter": "ann", "arm": "hybrid", "versus": "baseline", "seed": 0, "versu
         "shown_left": "hybrid", "vote": "left"}
 
 
+def test_who_votes_again_on_a_pair_means_the_later_vote(tmp_path):
+    for voter, vote in (("ann", "left"), ("bob", "tie"), ("ann", "right")):
+        append_vote(tmp_path / "votes.csv", VOTE | {"voter": voter, "vote": vote})
+    assert dict(read_votes(tmp_path / "votes.csv")[["voter", "score"]].to_numpy()) == {"bob": 0.5, "ann": 0.0}
+
+
 def test_a_cut_line_loses_one_vote_and_no_other(tmp_path):
     path = tmp_path / "votes.csv"
     for i in range(5):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import typst
 from grpo_engage.base.core import read_json, write_csv, write_json, write_parquet
 from grpo_engage.paper import exhibits, paper, results
 from grpo_engage.paper.exhibits import number, with_interval
-from grpo_engage.paper.pdf import HOW_TO_GET_LATEX, build_pdf, latex_obstacle, undefined_macros
+from grpo_engage.paper.pdf import HOW_TO_GET_LATEX, build_pdf, escape_latex, latex_obstacle, undefined_macros
 
 SOURCE = Path(__file__).parents[1] / "paper" / "main.tex"
 NASTY = r"a_run $ \input{x} % # & ^ ~ { } <script> 😀"
@@ -219,6 +220,20 @@ def test_strangers_text_stays_text(tmp_path):
     stage(run_dir)
     typ = (run_dir / "paper" / "main.typ").read_text()
     assert r"\\input{x}" in typ and "U+1F600" in typ
+
+
+def test_comparisons_show_both_p_values(tmp_path):
+    table = exhibits.comparisons_table(results.load_run(make_run(tmp_path), ["baseline", "grpo"], [0]))
+    row = next(line for line in table.splitlines() if "Pass@10" in line)
+    assert [cell.strip() for cell in row.rstrip("\\ ").split("&")][-3:] == ["0.400", "0.800", "16"]
+
+
+def test_names_of_arms_stay_text(tmp_path):
+    """A rival is called as its file is; an arm of ours may have an underscore."""
+    run = results.load_run(make_run(tmp_path, arms=("baseline", "baseline_long")), ["baseline", "baseline_long"], [0])
+    rivals = exhibits.rivals_table(replace(run, rivals=run.metrics[run.metrics["arm"] == "baseline"].assign(arm=NASTY)))
+    assert escape_latex(NASTY) in rivals and NASTY not in rivals
+    assert r"baseline\_long" in exhibits.results_table(run, 1.0)
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from peft import get_peft_model
-from training import make_grpo_trainer, train_arm
-from transformers import PrinterCallback
+from training import make_grpo_trainer, train_arm, train_grpo
+from transformers import PrinterCallback, TrainerCallback
 
 from grpo_engage.base.core import child_seed, write_csv, write_json, write_parquet
 from grpo_engage.data.simulator import simulate_pairs
@@ -17,6 +17,8 @@ from grpo_engage.evaluation.settings import EvaluationSampling
 from grpo_engage.policy.sampling import format_prompt, generate_replies, load_adapted, load_policy, reply_nll
 from grpo_engage.policy.settings import INSTRUCTION
 from grpo_engage.rewards import best_of_n, reward_model
+from grpo_engage.run.graph import job_parameters, jobs
+from grpo_engage.run.settings import load_preset, resolve_config
 from grpo_engage.train import arm_training, hybrid
 from grpo_engage.train.arm_training import trl_reward
 from grpo_engage.train.loop import lora_config, save_adapter
@@ -141,6 +143,16 @@ def test_every_arm_and_seed_draws_from_a_stream_of_its_own(stage):
     assert len(set(seeds)) == 8
 
 
+def test_each_job_of_a_run_gets_its_arm_and_seed():
+    config = resolve_config(load_preset("smoke") | {"n_seeds": 2, "seed": 3}) | {"preset": "smoke"}
+    trained = [job for job in jobs(config) if job[0] == "train"]
+    assert trained == [("train", arm, seed) for arm in config["arms"] for seed in config["seeds"]]
+    for job in trained:
+        given = job_parameters(config, *job)
+        assert (given["arm"], given["seed"]) == job[1:]
+    assert job_parameters(config, "evaluation")["seeds"] == config["seeds"] and len(set(config["seeds"])) == 2
+
+
 def test_heldout_loss_is_that_of_the_adapter(run_dir, base):
     replies = pd.read_parquet(run_dir / "data" / "pairs.parquet").head(6)
     adapter = run_dir / "train" / "baseline" / "seed1" / "adapter"
@@ -154,15 +166,14 @@ def test_heldout_loss_is_that_of_the_adapter(run_dir, base):
 
 def test_what_is_saved_is_what_was_trained_and_not_its_frozen_copy(run_dir, base, pairs, tmp_path):
     """With a KL term there are two adapters in the model."""
-    start = run_dir / "train" / "baseline" / "seed0" / "adapter"
-    trainer = make_grpo_trainer(base, pairs["tweet"], lambda posts, replies: np.arange(len(replies), dtype=float),
-                                tmp_path, warm_start=start, max_steps=1, learning_rate=1e-2, posts_per_step=2,
-                                num_generations=2, max_new_tokens=4)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    save_adapter(trainer.model, tmp_path / "adapter", "nano")
-    saved = load_adapted(base, tmp_path / "adapter")[0].state_dict()
-    now = trainer.model.state_dict()
+    class Keep(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **_):
+            self.weights = {name: value.clone() for name, value in model.state_dict().items()}
+
+    train_grpo(base, pairs["tweet"], lambda posts, replies: np.arange(len(replies), dtype=float), tmp_path,
+               warm_start=run_dir / "train" / "baseline" / "seed0" / "adapter", max_steps=1, learning_rate=1e-2,
+               posts_per_step=2, num_generations=2, max_new_tokens=4, callbacks=[kept := Keep()])
+    saved, now = load_adapted(base, tmp_path / "adapter")[0].state_dict(), kept.weights
     names = [name for name in saved if ".default." in name]
     assert names and all(torch.equal(saved[name], now[name]) for name in names)
     assert not all(torch.equal(now[name], now[name.replace(".default.", ".ref.")]) for name in names)
