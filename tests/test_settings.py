@@ -166,7 +166,8 @@ def trainer_with(base, pairs, folder, arm="grpo", **changes):
 def test_training_receives_the_second_value_of_a_field(name, base, pairs, tmp_path):
     value = second_value(TrainSettings.leaves()[name])
     others = {"max_k": {"advantage": "max_at_k"}, "num_iterations": {"micro_batch_size": 4}}.get(name, {})
-    value = {"num_generations": 2, "max_k": 3}.get(name, value)  # posts and groups have to divide
+    # posts and groups have to divide, and nano reads 256 tokens
+    value = {"num_generations": 2, "max_k": 3, "max_length": 200}.get(name, value)
     assert value != default_of(TrainSettings.leaves()[name])
     trainer = trainer_with(base, pairs, tmp_path, **{name: value} | others)
     assert TRAINED[name](trainer) == value
