@@ -93,7 +93,8 @@ class Checkout:
 
     def __init__(self, folder: Path) -> None:
         self.root = copy_checkout(folder)
-        self.environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment = os.environ | {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1",
+                                         "COLUMNS": "250"}  # else pytest cuts the reason off
         self.environment.pop("GRPO_ENGAGE_MODELS", None)  # what a bug changes in a model must not reach anybody's cache
         used = subprocess.run([sys.executable, "-c", "import grpo_engage; print(grpo_engage.__file__)"], text=True,
                               cwd=self.root, env=self.environment, capture_output=True, check=True).stdout.strip()
