@@ -78,7 +78,7 @@ def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str =
         per_device_train_batch_size=own // accumulation, gradient_accumulation_steps=accumulation,
         max_completion_length=3, bf16=False, use_cpu=True, gradient_checkpointing=False, loss_type=loss_type,
         temperature=1.0, beta=0.0, report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no", seed=2,
-        optim=optim)
+        optim=optim, scale_rewards="group" if settings.get("advantage", "group") == "group" else "batch")
     prompts = ["yes no", "no no", "yes yes", "no yes", "yes no", "no no"]
     references = ["no no yes", "yes", "no yes", "yes no yes no yes", "no", "yes yes"]
     rows = Dataset.from_dict({"prompt": prompts * 2, "reference": references * 2})

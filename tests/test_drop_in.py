@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import PrinterCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from trl import GRPOConfig, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, PrinterCallback, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from grpo_engage.studies.enumeration import END, tiny_policy, tiny_tokenizer
 from grpo_engage.train.objective import Objective
@@ -62,6 +62,37 @@ def seen_references(trainer) -> list[str]:
 
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# --- a drop-in: nothing differs where the objective is TRL's
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("beta", [0.0, 0.05])
+@pytest.mark.parametrize("lora", [True, False])
+def test_pure_reward_is_stock_grpo_to_the_bit(tmp_path, lora, beta, accumulation, iterations):
+    """Weights and logs after four steps, of a model from a folder (as TRL's reference of a full model needs it)."""
+    tiny_policy(3).float().save_pretrained(tmp_path / "model")
+    results = []
+    for kind in (GRPOTrainer, ReplyTrainer):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        adapter = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+        torch.manual_seed(0)
+        arguments = GRPOConfig(str(tmp_path), max_steps=4, num_generations=4, beta=beta, num_iterations=iterations,
+                               per_device_train_batch_size=8 // accumulation, gradient_accumulation_steps=accumulation,
+                               **SETTINGS)
+        trainer = kind(model, whys, arguments, Dataset.from_list(POSTS), processing_class=tiny_tokenizer(3),
+                       peft_config=adapter if lora else None)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        results.append((trainer.state.log_history, dict(trainer.model.named_parameters())))
+    (stock_log, stock), (log, ours) = results
+    assert stock.keys() == ours.keys() and all(torch.equal(stock[name], ours[name]) for name in stock)
+    timed = ("time", "per_second", "profiling")
+    for theirs, mine in zip(stock_log, log, strict=True):
+        kept = {name: value for name, value in theirs.items() if not any(word in name for word in timed)}
+        assert kept and kept == {name: mine[name] for name in kept}
 
 
 # --- data
@@ -175,8 +206,9 @@ def test_what_does_not_fit_is_cut_without_an_end_and_said(tmp_path):
         trainer._reference_pairs([long], 1)
 
 
-def test_the_context_is_the_limit_where_none_is_given(tmp_path):
-    trainer = made(tmp_path, ALONE)
+@pytest.mark.parametrize("given", [None, 512])
+def test_the_context_is_the_limit_whatever_is_given(tmp_path, given):
+    trainer = made(tmp_path, ALONE, trainer={"max_length": given})
     assert trainer.max_length == 32  # tiny_policy's positions
     with pytest.warns(UserWarning, match="max_length=32"):
         assert len(trainer._reference_pairs([{"prompt": "yes", "reference": "no " * 50}], 1)[0][0]) == 32

@@ -4,14 +4,13 @@ import hashlib
 import json
 import re
 import sqlite3
-import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
 import pytest
+from endpoint_double import serving
 
 from grpo_engage.base.core import read_json, write_parquet
 from grpo_engage.judges.chat_form import Form, after_refusal, request_body
@@ -192,27 +191,13 @@ UNUSABLE = {
 @pytest.fixture
 def server():
     """`plan`: the endpoint, a function of the request's body and of a counter; `requests`: headers and bodies."""
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            state.requests.append((self.path, dict(self.headers), body))
-            state.count["calls"] += 1
-            status, headers, content = state.plan(body, state.count)
-            self.send_response(status)
-            for name, value in ({"Content-Length": str(len(content))} | headers).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(state, body):
+        state.count["calls"] += 1
+        return state.plan(body, state.count)
 
-        def log_message(self, *arguments):
-            return
-
-    state = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.plan, state.requests, state.count = says("X"), [], {"calls": 0, "refused": 0}
-    threading.Thread(target=state.serve_forever, args=(0.02,), daemon=True).start()
-    yield state
-    state.shutdown()
-    state.server_close()
+    with serving(answer) as state:
+        state.plan, state.count = says("X"), {"calls": 0, "refused": 0}
+        yield state
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ import json
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
 import pytest
+from endpoint_double import serving
 from sklearn.metrics import cohen_kappa_score
 
 from grpo_engage.judges.endpoint import Endpoint, most_tokens
@@ -35,34 +34,17 @@ def good(text="A", **more):
 @pytest.fixture
 def server():
     """`plan`: what is answered in turn, (status, headers, body), seconds to hang, or a function; the last stays."""
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            state.requests.append((self.path, dict(self.headers), json.loads(content)))
-            step = state.plan.pop(0) if len(state.plan) > 1 else state.plan[0]
-            step = step(json.loads(content)) if callable(step) else step
-            if isinstance(step, float):
-                time.sleep(step)
-                step = good()
-            status, headers, body = step
-            try:
-                self.send_response(status)
-                for name, value in ({"Content-Length": str(len(body))} | headers).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(body)
-            except OSError:
-                return  # the client has gone, as it should after its timeout
+    def answer(state, body):
+        step = state.plan.pop(0) if len(state.plan) > 1 else state.plan[0]
+        step = step(body) if callable(step) else step
+        if isinstance(step, float):
+            time.sleep(step)
+            step = good()
+        return step
 
-        def log_message(self, *arguments):
-            return
-
-    state = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.plan, state.requests = [good()], []
-    threading.Thread(target=state.serve_forever, args=(0.02,), daemon=True).start()
-    yield state
-    state.shutdown()
-    state.server_close()
+    with serving(answer) as state:
+        state.plan = [good()]
+        yield state
 
 
 @pytest.fixture

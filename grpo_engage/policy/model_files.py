@@ -71,9 +71,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return end
 
 # %% ../../nbs/policy/03_model_files.ipynb #c009a
-def reply_ids(reply: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of `reply` (clean text) as an answer: its own, and the `end_of_turn`."""
-    return tokenizer(reply, add_special_tokens=False)["input_ids"] + [end_of_turn(tokenizer)]
+def reply_ids(reply: str, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int] = ()) -> list[int]:
+    """Token ids of `reply` as an answer: its own, up to the first of `ends`, and then ends[0].
+
+    ends: the tokens that end a turn (none: the `end_of_turn`). What stands behind one could never be sampled.
+    """
+    ends = ends or [end_of_turn(tokenizer)]
+    ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))] + [ends[0]]
 
 # %% ../../nbs/policy/03_model_files.ipynb #c010
 def _listed(ids: int | Sequence[int] | None) -> set[int]:

@@ -34,7 +34,14 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from ..base.core import child_seed, device_and_dtype, progress, say
 from .base_models import explained_loading, quiet_libraries
-from .model_files import load_tokenizer, render, reply_ids, stop_tokens, without_own_settings
+from grpo_engage.policy.model_files import (
+    end_of_turn,
+    load_tokenizer,
+    render,
+    reply_ids,
+    stop_tokens,
+    without_own_settings,
+)
 from .settings import INSTRUCTION, Loading
 
 # %% ../../nbs/policy/01_sampling.ipynb #c005
@@ -266,14 +273,14 @@ def reply_nll(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, posts:
 
     nll / n_tokens averaged over tokens is the loss that supervised training lowers (temperature 1).
     """
-    rows = []
+    rows, ends = [], [end_of_turn(tokenizer)]
     was_training = model.training
     model.eval()
     for start in range(0, len(posts), batch_size):
         pairs = list(zip(posts[start : start + batch_size], replies[start : start + batch_size], strict=True))
         before = [tokenizer(format_prompt(post, tokenizer, instruction))["input_ids"] for post, _ in pairs]
         # what goes beyond the context has no likelihood
-        after = [reply_ids(clean_text(reply, tokenizer), tokenizer)[: tokenizer.model_max_length - len(prompt)]
+        after = [reply_ids(clean_text(reply, tokenizer), tokenizer, ends)[: tokenizer.model_max_length - len(prompt)]
                  for prompt, (_, reply) in zip(before, pairs, strict=True)]
         width = max(len(p) + len(r) for p, r in zip(before, after, strict=True))
         pad = tokenizer.pad_token_id

@@ -142,13 +142,12 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
     credit = settings.credit
     rows = training_rows(examples, tokenizer, objective, settings.sampling.posts_per_step, instruction,
                          settings.sampling.max_new_tokens)
-    longest = min(settings.optimiser.max_length, tokenizer.model_max_length)
     scored = trl_reward(reward, "reward", credit.reward_pass_threshold, tokenizer) if objective.beta else None
     trainer = ReplyTrainer(
         model, scored, arguments, rows, objective=objective,
         kl_weight=credit.kl_weight if objective.beta else 0.0, advantage=credit.advantage, max_k=credit.max_k or None,
         diversity_metric=set_function or credit.diversity_metric, advantage_clip=credit.advantage_clip or None,
-        policy_every=credit.policy_every, max_length=longest, processing_class=tokenizer,
+        policy_every=credit.policy_every, max_length=settings.optimiser.max_length, processing_class=tokenizer,
         callbacks=[*reporting(settings.watching.report_to, folder)[1], ProgressLines(label), WarnOfTrouble(label),
                    *callbacks], **adapter)
     if watch:

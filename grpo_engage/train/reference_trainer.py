@@ -15,12 +15,11 @@ from datasets import Dataset, IterableDataset
 from transformers.trainer_utils import has_length
 from trl import GRPOConfig
 
-from ..policy.model_files import end_of_turn
+from ..policy.model_files import end_of_turn, reply_ids
 from .loop import EpochSampler
 from grpo_engage.train.references import (
     REFERENCE_METRICS,
     chosen_reference,
-    ended_reply,
     labelled_rows,
     reference_nll,
     reference_pair,
@@ -99,7 +98,7 @@ class ReferenceTrainer(SafeGRPOTrainer):
     generates: False for the references alone; nothing is sampled, and a batch is `per_device_train_batch_size` of them.
     With alpha > 0 each row has a `reference` (or `completion`) beside its `prompt`: see `reference_texts`. Several
     references of a post are all trained on: as rows of their own, or spread over the rows of its group.
-    max_length: of prompt and reference, in tokens (None: what the model can read); the rest of a reference is cut off
+    max_length: of prompt and reference, in tokens, at most what the model can read; the rest of a reference is cut off
     with a warning, and `reference_cut_share` is logged. Raises: ValueError for data that cannot be used.
     """
 
@@ -111,7 +110,8 @@ class ReferenceTrainer(SafeGRPOTrainer):
         if eval_dataset is not None:
             eval_dataset = self._usable(eval_dataset, "eval_dataset")
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, *positional, **named)
-        self.max_length = max_length or getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(filter(None, (max_length, context)), default=None)
         if not generates:
             self.num_generations = self.num_generations_eval = 1
 
@@ -144,12 +144,12 @@ class ReferenceTrainer(SafeGRPOTrainer):
 
     def get_train_dataloader(self):
         rows = self.train_dataset
-        needed = self.args.generation_batch_size // self._copies
         if not self.generates:
             stream = isinstance(rows, IterableDataset) and self.shuffle_dataset
             return self._get_dataloader(
                 dataset=rows.shuffle(seed=self.args.seed) if stream else rows, description="Training",
                 batch_size=self._train_batch_size, sampler_fn=self._get_train_sampler, is_training=True)
+        needed = self.args.generation_batch_size // self._copies
         if has_length(rows) and len(rows) < needed:
             raise ValueError(f"a step needs {needed} prompts (generation_batch_size / num_generations), but "
                              f"train_dataset has {len(rows)}: nothing would be trained")
@@ -187,11 +187,11 @@ class ReferenceTrainer(SafeGRPOTrainer):
         first, visit = self.accelerator.process_index * len(rows), self.state.global_step // self.num_iterations
         chosen = {place: text for place, row in enumerate(rows) if (text := chosen_reference(
             reference_texts(row), (first + place) % size, size, visit)) is not None}
-        pairs: list = [None] * len(rows)
+        pairs, ends = [None] * len(rows), self._ends
         prompts = self._tokenize_prompts([rows[place]["prompt"] for place in chosen])[0] if chosen else []
         cut = 0
         for (place, text), prompt in zip(chosen.items(), prompts, strict=True):
-            reply = ended_reply(text, self._tokenizer, self._ends)
+            reply = reply_ids(text, self._tokenizer, ends)
             pairs[place] = reference_pair(prompt, reply, self.max_length)
             cut += len(pairs[place][0]) < len(prompt) + len(reply)
         if cut and not self._was_cut:
