@@ -129,7 +129,7 @@ _LOGGED = {
     "token_accuracy": "mean_token_accuracy", "reward": "reward", "reward_std": "reward_std",
     "zero_variance_share": "frac_reward_zero_std", "kl_per_token": "kl", "mean_length": "completions/mean_length",
     "policy_loss": "policy_loss", "supervised_loss": "supervised_loss", "diversity": "diversity",
-    "clipped_share": "clipped_share",
+    "clipped_share": "clipped_share", "reference_cut_share": "reference_cut_share",
     "truncated_share": "completions/clipped_ratio",  # not num_tokens: SFTTrainer counts from 0 again after a resume
 }
 LOG_COLUMNS = ("step", *_LOGGED, "kl")
@@ -141,7 +141,8 @@ def tidy_log(history: list[dict]) -> pd.DataFrame:
     reward in the reward's units (mean over all replies of the step); kl in nats per reply (k3 estimator summed over
     tokens, against the warm start); policy_loss and supervised_loss before their weights (policy_loss holds beta and
     lam already, inside its advantages); diversity the mean D of the step's groups; clipped_share of the advantages;
-    entropy in nats per token; *_share in [0, 1]; mean_length in tokens.
+    reference_cut_share of the references that max_length cut; entropy in nats per token; *_share in [0, 1];
+    mean_length in tokens.
     """
     rows = [{"step": int(entry["step"]), **{ours: entry.get(theirs) for ours, theirs in _LOGGED.items()}}
             for entry in history if "loss" in entry]
