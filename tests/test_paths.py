@@ -66,6 +66,7 @@ def test_a_run_whose_every_path_is_odd(tmp_path, base, name, stage):
     simulate_pairs(40, 5).drop(columns=["meta", "source"]).to_csv(here / name / "posts [1].csv", index=False)
     (here / name / "my {preset}.yaml").write_text("extends: smoke\n")
     shutil.copytree(base, here / name / "policy")
+    shutil.copytree(base, here / name / "models" / base.name)  # building it takes a minute and a half
     run = name.replace("\n", "")
     done = call(place, here, "run", stage, f"--preset={name}/my {{preset}}.yaml", f"--run={run}",
                 f"--data={name}/posts [1].csv", "-p", f"policy.policy={name}/policy",
