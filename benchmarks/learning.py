@@ -17,6 +17,7 @@ import pandas as pd
 from grpo_engage.base.core import read_json, say, write_csv, write_parquet
 from grpo_engage.base.plots import savefig
 from grpo_engage.data.pairs import load_pairs
+from grpo_engage.data.truth import gold_of
 from grpo_engage.evaluation.evaluation import choose_posts, posts_with_replies
 from grpo_engage.evaluation.scoring import choose_tau
 from grpo_engage.policy.replies import read_policy
@@ -172,7 +173,7 @@ def main() -> None:
         for seed in (int(part) for part in given.seeds.split(",")):
             for name, setting in settings.items():
                 study_setting(name, setting, seed, given.out, base, examples[["tweet", "reply"]].sort_index(), held,
-                              reward, identifier, learning_rates=(given.rate, given.policy_rate))
+                              reward, identifier, gold_of(pairs), learning_rates=(given.rate, given.policy_rate))
     if given.report:
         vocabulary = len({word for text in load_pairs(given.run)["reply"] for word in text.lower().split()})
         report(given.out, settings, vocabulary)

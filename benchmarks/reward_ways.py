@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from grpo_engage.base.core import child_seed, read_json, say, write_csv
-from grpo_engage.data.gold import gold_appeal
+from grpo_engage.data.truth import gold_of
 from grpo_engage.policy.replies import read_policy
 from grpo_engage.rewards.engagement_model import EngagementRewardModel
 from grpo_engage.rewards.heuristic import clear_pairs, pairwise_accuracy
@@ -35,8 +35,8 @@ def judged(way: str, seconds: float, held: pd.DataFrame, logits: np.ndarray, see
     accuracy, low, high = cluster_bootstrap(correct, held["conversation_id"].to_numpy()[higher], seed=seed)
     row = {"way": way, "accuracy": accuracy, "ci_low": low, "ci_high": high, "clear_pairs": len(higher),
            "train_seconds": seconds}
-    if (held["source"] == "simulator").all():
-        gold = gold_appeal(held["tweet"].tolist(), held["reply"].tolist())
+    if truth := gold_of(held):
+        gold = truth(held["tweet"].tolist(), held["reply"].tolist())
         within = within_post_spearman(logits, gold, held["conversation_id"], seed)
         row |= {"gold_spearman": overall_spearman(logits, gold), "gold_within_posts": within["estimate"]}
     say(f"{way}: accuracy {accuracy:.3f} [{low:.3f}, {high:.3f}], gold {row.get('gold_spearman', float('nan')):.3f}")

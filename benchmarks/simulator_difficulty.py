@@ -1,6 +1,6 @@
 """Is the simulator as hard as real data?  Margins, confounds and baseline accuracies, side by side.
 
-    python benchmarks/simulator_difficulty.py [--pheme PATH] [--conversations 5235] [--seed 0] [--out FILE.csv]
+    python benchmarks/simulator_difficulty.py [--pheme PATH] [--conversations 5235] [--seed 0] [--gold a] [--out FILE]
 
 The same code measures both data sets.  Accuracy is on *clear* pairs: two replies to the same post, the higher with at
 least 2 * max(lower, 1) + 1 likes.  Every learner is fitted on one half of the conversations and tested on the other
@@ -16,26 +16,27 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.optimize import minimize
 from scipy.stats import spearmanr
 from sklearn.ensemble import HistGradientBoostingRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 
-from grpo_engage.data.gold import gold_appeal
-from grpo_engage.data.simulator import simulate_pairs
+from grpo_engage.data.simulator import World, simulate_pairs
+from grpo_engage.data.truth import gold_of
 
-CONFOUNDS = ("reply_author_followers", "reply_time_diff_seconds", "tweet_likes", "broadcast")
+CONFOUNDS = ("reply_author_followers", "reply_time_diff_seconds", "tweet_likes")
 
 
 def load_pheme(path: Path) -> pd.DataFrame:
-    """Read the real data set (JSON lines) with its context columns; `meta.broadcast` becomes a column."""
+    """Read the real data set (JSON lines)."""
     return add_meta(pd.read_json(path, lines=True))
 
 
 def add_meta(frame: pd.DataFrame) -> pd.DataFrame:
-    """Unpack `meta` (a dict or its JSON): columns `broadcast` (0/1) and, for simulated rows, `strategy`."""
+    """Unpack `meta` (a dict or its JSON): column `strategy`, empty where the rows are not simulated."""
     meta = [json.loads(m) if isinstance(m, str) else m for m in frame["meta"]]
-    return frame.assign(broadcast=[float(m["broadcast"]) for m in meta], strategy=[m.get("strategy", "") for m in meta])
+    return frame.assign(strategy=[m.get("strategy", "") for m in meta])
 
 
 def clear_pairs(frame: pd.DataFrame) -> np.ndarray:
@@ -61,11 +62,11 @@ def centred(values: pd.Series | np.ndarray, conversation: pd.Series) -> np.ndarr
 
 
 def metadata_features(frame: pd.DataFrame) -> np.ndarray:
-    """Context of a reply that is no text and no outcome: who wrote it, when, who was shown it."""
+    """Context of a reply that is no text and no outcome: who wrote it, and when."""
     conversation = frame["conversation_id"]
     followers, delay = np.log1p(frame["reply_author_followers"]), np.log1p(frame["reply_time_diff_seconds"])
     order = delay.groupby(conversation).rank(pct=True)
-    return np.column_stack([followers, delay, order, frame["broadcast"], np.log1p(frame["tweet_likes"]),
+    return np.column_stack([followers, delay, order, np.log1p(frame["tweet_likes"]),
                             centred(followers, conversation), centred(delay, conversation)])
 
 
@@ -102,6 +103,28 @@ def accuracies(frame: pd.DataFrame, seed: int, gold: np.ndarray | None = None) -
     return result
 
 
+def circumstances_within_posts(frame: pd.DataFrame) -> dict[str, float]:
+    """Coefficients of log followers and log delay among replies to one post, every post with likes of equal weight.
+
+    A conditional (multinomial) likelihood: which of a post's replies a like goes to. The text is not controlled for.
+    """
+    totals = frame.groupby("conversation_id")["reply_likes"].transform("sum")
+    known = frame[totals > 0].sort_values("conversation_id", kind="stable")
+    post = pd.factorize(known["conversation_id"])[0]
+    starts = np.flatnonzero(np.diff(post, prepend=-1))
+    share = (known["reply_likes"] / totals[known.index]).to_numpy()
+    x = np.log1p(known[["reply_author_followers", "reply_time_diff_seconds"]].to_numpy(dtype=float))
+
+    def loss(beta: np.ndarray) -> tuple[float, np.ndarray]:
+        score = x @ beta
+        score -= np.maximum.reduceat(score, starts)[post]
+        log_chance = score - np.log(np.add.reduceat(np.exp(score), starts))[post]
+        return -share @ log_chance, (np.exp(log_chance) - share) @ x
+
+    followers, delay = minimize(loss, np.zeros(2), jac=True).x
+    return {"within posts, log followers": float(followers), "within posts, log delay": float(delay)}
+
+
 def difficulty(frame: pd.DataFrame, seed: int, splits: int, gold: np.ndarray | None = None) -> dict[str, float]:
     """Mean of `accuracies` over random halvings of the conversations."""
     return pd.DataFrame([accuracies(frame, seed + k, gold) for k in range(splits)]).mean().to_dict()
@@ -116,9 +139,9 @@ def margins(frame: pd.DataFrame) -> dict[str, float]:
            "reply words, median": frame["reply"].str.split().str.len().median(),
            "distinct replies": frame["reply"].nunique() / len(frame),
            "distinct posts": frame.drop_duplicates("conversation_id")["tweet"].nunique() / len(per_post),
-           "broadcast share": frame["broadcast"].mean(), "retweets zero share": (frame["reply_retweets"] == 0).mean()}
+           "retweets zero share": (frame["reply_retweets"] == 0).mean()}
     row |= {f"likes p{q}": likes.quantile(q / 100) for q in (50, 90, 95, 99)}
-    for column in CONFOUNDS[:3]:
+    for column in CONFOUNDS:
         row |= {f"{column} p{q}": frame[column].quantile(q / 100) for q in (10, 50, 90)}
     return {name: float(value) for name, value in row.items()}
 
@@ -147,19 +170,21 @@ def main() -> None:
     parser.add_argument("--pheme", type=Path, help="pheme_rnr.jsonl.gz; without it only the simulator is measured")
     parser.add_argument("--conversations", type=int, default=5235, help="simulated posts (default: PHEME's number)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--gold", default="a", choices=["a", "b"], help="which gold appeal the likes follow")
     parser.add_argument("--splits", type=int, default=3, help="random halvings to average over")
     parser.add_argument("--out", type=Path, help="write the table as csv (columns quantity, simulator, pheme)")
     arguments = parser.parse_args()
     started = time.perf_counter()
-    simulated = add_meta(simulate_pairs(arguments.conversations, arguments.seed))
+    simulated = add_meta(simulate_pairs(arguments.conversations, arguments.seed, World(gold=arguments.gold)))
     drawn = time.perf_counter()
-    gold = gold_appeal(simulated["tweet"], simulated["reply"])
+    gold = gold_of(simulated)(simulated["tweet"], simulated["reply"])
     print(f"simulated in {drawn - started:.1f} s, gold in {time.perf_counter() - drawn:.1f} s")
-    columns = {"simulator": margins(simulated) | confounds(simulated)
+    columns = {"simulator": margins(simulated) | confounds(simulated) | circumstances_within_posts(simulated)
                | difficulty(simulated, arguments.seed, arguments.splits, gold) | gold_by_strategy(simulated, gold)}
     if arguments.pheme:
         real = load_pheme(arguments.pheme)
-        columns["pheme"] = margins(real) | confounds(real) | difficulty(real, arguments.seed, arguments.splits)
+        columns["pheme"] = (margins(real) | confounds(real) | circumstances_within_posts(real)
+                            | difficulty(real, arguments.seed, arguments.splits))
     table = pd.DataFrame(columns).rename_axis("quantity")
     table = table.reindex(columns["simulator"])
     with pd.option_context("display.max_rows", None, "display.width", 120):

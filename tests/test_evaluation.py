@@ -248,9 +248,9 @@ def test_an_unusable_baseline_is_an_error_with_advice(run_dir):
 
 def test_gold_judge_is_refused_outside_the_simulator(tmp_path):
     with pytest.raises(ValueError, match="knows no other data"):
-        scoring.engagement_scorers(tmp_path, "gold", is_simulated=False)
+        scoring.engagement_scorers(tmp_path, "gold", truth=None)
     with pytest.raises(ValueError, match="auto, gold, model"):
-        scoring.engagement_scorers(tmp_path, "golden", is_simulated=True)
+        scoring.engagement_scorers(tmp_path, "golden", truth=None)
 
 
 # ---- generation: same posts for all, resumable -----------------------------------------------------------------------

@@ -528,7 +528,8 @@ def test_expected_likes_are_the_mean_of_many_draws():
     from grpo_engage.data.simulator import draw_context, draw_likes, simulate_text
 
     text = simulate_text(40, 3)
-    context, gold = draw_context(text, 3), np.linspace(0, 1, len(text))
+    gold = np.linspace(0, 1, len(text))
+    context = draw_context(text, gold, 3)
     mean = np.mean([draw_likes(gold, context, seed)[0] for seed in range(400)], axis=0)
     often = mean > 0.5
     assert np.corrcoef(np.log(mean[often]), expected_log_likes(gold, context)[often])[0, 1] > 0.97

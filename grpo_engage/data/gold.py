@@ -17,9 +17,9 @@ import pandas as pd
 from .grammar import HEADS, KINDS, PLAIN, SLOTS, STRATEGIES, TAILS, TONES, TOPICS, fill
 
 # %% auto #0
-__all__ = ['DETAILS', 'MAX_TOKENS', 'FIT', 'TONE_SHIFT', 'NO_FIT', 'COMPONENTS', 'tokenize', 'read_symbols', 'with_ends',
-           'pairs_and_triples', 'reply_ngrams', 'kind_ngrams', 'strategy_fit', 'read_post', 'gold_components',
-           'gold_appeal']
+__all__ = ['DETAILS', 'MAX_TOKENS', 'FIT', 'FIT_B', 'FITS', 'TONE_SHIFT', 'NO_FIT', 'COMPONENTS', 'tokenize', 'read_symbols',
+           'with_ends', 'pairs_and_triples', 'reply_ngrams', 'kind_ngrams', 'strategy_fit', 'read_post',
+           'gold_components', 'gold_appeal']
 
 # %% ../../nbs/data/01_gold.ipynb #c004
 DETAILS = frozenset({"name", "place", "day", "number"})  # the slot classes that make a text specific
@@ -111,6 +111,15 @@ FIT = {  # kind of post -> fit of each strategy of _COLUMNS
     "advice": (0.05, 0.35, 0.75, 0.35, 0.10, 0.75),
     "musing": (0.30, 0.20, 0.15, 0.20, 0.85, 0.30),
 }
+FIT_B = {  # the same for the second gold: other people, who like other things
+    "news": (0.20, 0.45, 0.50, 0.90, 0.20, 0.75),
+    "opinion": (0.85, 0.35, 0.25, 0.65, 0.55, 0.15),
+    "celebration": (0.60, 0.90, 0.05, 0.10, 0.55, 0.50),
+    "complaint": (0.35, 0.30, 0.80, 0.15, 0.15, 0.60),
+    "advice": (0.15, 0.50, 0.40, 0.55, 0.20, 0.90),
+    "musing": (0.25, 0.85, 0.20, 0.45, 0.60, 0.25),
+}
+FITS = {"a": FIT, "b": FIT_B}
 TONE_SHIFT = {  # tone of the topic -> what it adds
     "serious": (0.00, 0.05, 0.10, 0.00, -0.60, 0.10),
     "practical": (-0.05, 0.20, 0.05, 0.00, -0.05, -0.05),
@@ -119,14 +128,14 @@ TONE_SHIFT = {  # tone of the topic -> what it adds
 NO_FIT = 0.04  # of generic, spam, echo and of a text without a recognisable strategy
 
 
-def strategy_fit(kind: str, tone: str) -> dict[str, float]:
-    """Fit in [0, 1] of each reply strategy to a post of this kind on a topic of this tone."""
-    fits = np.clip(np.add(FIT[kind], TONE_SHIFT[tone]), NO_FIT, 1.0)
+def strategy_fit(kind: str, tone: str, gold: str = "a") -> dict[str, float]:
+    """Fit in [0, 1] of each reply strategy to a post of this kind on a topic of this tone, by the table of `gold`."""
+    fits = np.clip(np.add(FITS[gold][kind], TONE_SHIFT[tone]), NO_FIT, 1.0)
     return {name: NO_FIT for name in STRATEGIES} | dict(zip(_COLUMNS, fits.tolist(), strict=True))
 
 # %% ../../nbs/data/01_gold.ipynb #c014
 @lru_cache(maxsize=50_000)
-def read_post(text: str) -> tuple[dict[str, float], dict[str, float], frozenset, frozenset, tuple]:
+def read_post(text: str, gold: str = "a") -> tuple[dict[str, float], dict[str, float], frozenset, frozenset, tuple]:
     """(fit of each strategy, share of each topic, entities, words, neighbouring pairs of words) of a post's text."""
     tokens = tokenize(text)
     symbols = read_symbols(tokens)
@@ -140,7 +149,7 @@ def read_post(text: str) -> tuple[dict[str, float], dict[str, float], frozenset,
     for kind, a in kind_weight.items():
         for tone, b in tone_weight.items():
             if a * b > 0:
-                for name, value in strategy_fit(kind, tone).items():
+                for name, value in strategy_fit(kind, tone, gold).items():
                     fit[name] += a * b * value
     total = sum(topics.values())
     entities = frozenset(words for symbol, _, words in symbols if symbol == "<entity>")
@@ -214,11 +223,14 @@ def _components(post: tuple, reply: str) -> tuple[float, ...]:
             _fluency(pairs, triples, known_pairs, known_triples))
 
 
-def gold_components(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
-    """The components of gold appeal, one row a pair, columns `COMPONENTS`, each in [0, 1]. ValueError: lengths."""
+def gold_components(posts: Sequence[str], replies: Sequence[str], gold: str = "a") -> pd.DataFrame:
+    """The components of gold appeal, one row a pair, columns `COMPONENTS`, each in [0, 1]. ValueError: lengths.
+
+    gold: whose table of fits ("a" or "b", see `data/09_truth`); nothing else differs.
+    """
     if len(posts) != len(replies):
         raise ValueError(f"gold_appeal: {len(posts)} posts but {len(replies)} replies; pass one post for each reply")
-    rows = [_components(read_post(post_text), reply) for post_text, reply in zip(posts, replies, strict=True)]
+    rows = [_components(read_post(post_text, gold), reply) for post_text, reply in zip(posts, replies, strict=True)]
     return pd.DataFrame(rows, columns=list(COMPONENTS), dtype=float)
 
 # %% ../../nbs/data/01_gold.ipynb #c017

@@ -18,7 +18,7 @@ from ..base.storage import whole_path
 from .reading import read_tables
 from .rows import NUMBER_FIELDS, PairTables, derive_conversation_id
 from .settings import DataSettings
-from .simulator import simulate_pairs
+from .simulator import World, simulate_pairs, world_of
 from .splitting import check_fractions, near_copies, split_conversations
 
 # %% ../../nbs/01_data.ipynb #c006
@@ -103,10 +103,10 @@ def draw_margins(tables: Mapping[str, pd.DataFrame]):
     return figure
 
 # %% ../../nbs/01_data.ipynb #c014
-def _simulated(n_conversations: int, seed: int) -> pd.DataFrame:
+def _simulated(n_conversations: int, seed: int, world: World) -> pd.DataFrame:
     """Simulated pairs in the types of read_tables, through the same checks."""
     tables = PairTables()
-    frame = simulate_pairs(n_conversations, child_seed(seed, "simulate_pairs"))
+    frame = simulate_pairs(n_conversations, child_seed(seed, "simulate_pairs"), world)
     for number, record in enumerate(frame.to_dict("records"), start=1):
         tables.add(number, {name: None if value != value else value for name, value in record.items()}, record["reply"])
     accepted, rejected = tables.tables()
@@ -152,7 +152,7 @@ def data_stage(run_dir: Path, settings: DataSettings | None = None, **changes: o
         if given.source == "file":
             accepted, counts = _read(data_path, folder)
         else:
-            accepted = _simulated(given.n_conversations, seed)
+            accepted = _simulated(given.n_conversations, seed, world_of(given.flat()))
             counts = {"accepted": len(accepted), "rejected": 0}
             write_csv(folder / "rejected.csv", PairTables().tables()[1])
         kept = sample_conversations(accepted, seed, given.max_conversations, given.max_examples,
@@ -169,7 +169,7 @@ def data_stage(run_dir: Path, settings: DataSettings | None = None, **changes: o
                                "near_copies": copies.kind.value_counts().to_dict()}  # fmt: skip
         tables = {"data": pairs} if given.source == "file" else {}
         # For the picture beside real data: as many simulated conversations, up to what the eye can use.
-        tables["simulator"] = _simulated(min(pairs.conversation_id.nunique(), 6000), seed) if tables else pairs
+        tables["simulator"] = _simulated(min(pairs.conversation_id.nunique(), 6000), seed, World()) if tables else pairs
         write_csv(folder / "margins.csv", pd.concat([margins(table, name) for name, table in tables.items()]))
         write_csv(folder / "near_copies.csv", copies)
         figure = draw_margins(tables)

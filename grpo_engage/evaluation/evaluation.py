@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..base.core import child_seed, read_json, say, stage_manifest, write_csv, write_json, write_parquet
 from ..base.plots import savefig, style
+from ..data.truth import gold_of
 from .arm_files import arm_file_name, file_replies
 from .conclusions import beside_projection, compare_arms, decide, recommend
 from .generation import COLUMNS, Job, generate_part, plan_jobs
@@ -109,12 +110,12 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     lacking = [name for name in COLUMNS if name not in generations]
     if lacking:
         raise ValueError(f"{folder / 'generations.parquet'} lacks {', '.join(lacking)}; generate the replies again")
-    is_simulated = bool((pairs["source"] == "simulator").all())
+    truth = gold_of(pairs)
     kinds = generations.drop_duplicates(["arm", "seed"])
     rivals = sorted(set(kinds.loc[kinds["kind"] == "rival", "arm"]))
     trained = list(kinds.loc[kinds["kind"] == "trained", ["arm", "seed"]].itertuples(index=False, name=None))
-    judge_name, scorers = engagement_scorers(run_dir, given.judge, is_simulated, trained)
-    second_name, second = second_judge(run_dir, judge_name, is_simulated)
+    judge_name, scorers = engagement_scorers(run_dir, given.judge, truth, trained)
+    second_name, second = second_judge(run_dir, judge_name, truth)
     training = pairs.loc[pairs["split"] == "policy", "reply"].tolist()
 
     def score(split: str) -> pd.DataFrame:
@@ -123,7 +124,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
             raise ValueError(f"{folder / 'generations.parquet'} holds no replies to {split} posts; generate them first")
         posts = posts_with_replies(pairs, split)
         posts = posts[posts["post"].isin(chosen["post"])].reset_index(drop=True)
-        return score_replies(chosen, posts, scorers | {"second_judge": second}, is_simulated, training)
+        return score_replies(chosen, posts, scorers | {"second_judge": second}, truth, training)
 
     validation = score("validation")
     judge_folder = run_dir / "reward_model" / "judge" if judge_name == "model" else None

@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 
 from ..base.core import child_seed, file_sha256, read_json, write_json
-from ..data.gold import gold_appeal
 from .post_metrics import read_replies, why_missing
 from .settings import JUDGES
 from ..rewards.engagement_model import EngagementRewardModel
@@ -60,20 +59,20 @@ def arms_reward(run_dir: Path, trained: Sequence[tuple[str, int]]) -> tuple[Call
     return training_reward(run_dir, RewardChoice.make(**choice), allow_unvalidated_reward=True)[:2]
 
 
-def engagement_scorers(run_dir: Path, judge: str, is_simulated: bool,
+def engagement_scorers(run_dir: Path, judge: str, truth: Callable | None,
                        trained: Sequence[tuple[str, int]] = ()) -> tuple[str, dict[str, Scorer]]:
     """The judge's name, and the scorers "judge" and "reward" as (raw score function, comparison function).
 
-    `judge`: "gold" (the simulator's truth; ValueError on other data), "model" (reward_model/judge), or "auto".
+    `judge`: "gold" (`truth`, see `gold_of`; ValueError where it is None), "model" (reward_model/judge), or "auto".
     The reward: see `arms_reward`.
     """
     if judge not in JUDGES:
         raise ValueError(f"judge must be one of {', '.join(JUDGES)}, got {judge!r}")
-    if judge == "gold" and not is_simulated:
+    if judge == "gold" and truth is None:
         raise ValueError("judge='gold' is the simulator's own truth and knows no other data; use judge='model'")
     reward = (arms_reward(run_dir, trained)[0], beat_fraction)
-    if is_simulated and judge != "model":
-        return "gold", {"judge": (gold_appeal, beat_fraction), "reward": reward}
+    if truth and judge != "model":
+        return "gold", {"judge": (truth, beat_fraction), "reward": reward}
     return "model", {"judge": _model_judge(run_dir), "reward": reward}
 
 
@@ -81,18 +80,18 @@ def _model_judge(run_dir: Path) -> Scorer:
     return EngagementRewardModel.load(Path(run_dir) / "reward_model" / "judge").logits, beat_probability
 
 
-def second_judge(run_dir: Path, judge_name: str, is_simulated: bool) -> tuple[str, Scorer]:
+def second_judge(run_dir: Path, judge_name: str, truth: Callable | None) -> tuple[str, Scorer]:
     """Name and scorer of another judge than `judge_name`: beside the truth the learned judge, beside the learned judge
     the simulator's truth or, on other data, the heuristic reward (a part of most training rewards: the weakest)."""
     if judge_name == "gold":
         return "model", _model_judge(run_dir)
-    return ("gold", (gold_appeal, beat_fraction)) if is_simulated else ("heuristic", (HeuristicReward(), beat_fraction))
+    return ("gold", (truth, beat_fraction)) if truth else ("heuristic", (HeuristicReward(), beat_fraction))
 
 
-def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mapping[str, Scorer], is_simulated: bool,
+def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mapping[str, Scorer], truth: Callable | None,
                   training: Sequence[str] = (), n_jobs: int | None = None) -> pd.DataFrame:
     """`generations` of one split with a column for each of `scorers` (probability of beating a real reply, [0, 1]), the
-    columns of `read_replies`, and gold (the simulator's appeal; NaN elsewhere, for there it is not known).
+    columns of `read_replies`, and gold (`truth`, see `gold_of`; NaN where it is None: not known there).
 
     Replies of arm "real" are numbered by `sample` as in the post's replies, and are compared with the *other* ones.
     """
@@ -119,7 +118,7 @@ def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mappi
             for post, leave in zip(where, own, strict=True)]))
         if not scored[name].between(0, 1).all():
             raise ValueError(f"{name} gave a score outside [0, 1] or NaN to {scored[name].between(0, 1).sum()} replies")
-    scored["gold"] = gold_appeal(post_texts, texts) if is_simulated else math.nan
+    scored["gold"] = truth(post_texts, texts) if truth else math.nan
     return scored.join(read_replies(post_texts, texts, others, training, n_jobs))
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c016

@@ -15,7 +15,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from ..base.plots import arm_style
-from ..data.gold import gold_appeal
+from ..data.truth import gold_of
 from ..policy.sampling import clean_text
 from ..train.watching import model_judge
 
@@ -41,7 +41,7 @@ def training_path(run_dir: str | Path, trained: Sequence[tuple[str, int]], pairs
     the simulator. All in [0, 1]. `pairs`: the run's data. What was not watched, or has no KL, is left out.
     Raises: FileNotFoundError without the stage reward_model.
     """
-    is_simulated = (pairs["source"] == "simulator").all()
+    truth = gold_of(pairs)
     raw = {clean_text(post): post for post in pairs.loc[pairs["split"] == "validation", "tweet"]}
     tables, watched = [], {}
     for arm, seed in trained:
@@ -55,8 +55,8 @@ def training_path(run_dir: str | Path, trained: Sequence[tuple[str, int]], pairs
     for (arm, seed), (log, looks) in watched.items():
         post_texts, replies = [raw[post] for post in looks["tweet"]], looks["reply"].tolist()
         scores = {"training reward": looks["proxy"], "judge": judge(post_texts, replies)}
-        if is_simulated:
-            scores["gold"] = gold_appeal(post_texts, replies)
+        if truth:
+            scores["gold"] = truth(post_texts, replies)
         tidy = looks[["step", "post"]].assign(**scores).melt(["step", "post"], var_name="score")
         by_post = tidy.groupby(["score", "step", "post"], sort=False)["value"].mean()
         table = by_post.groupby(["score", "step"], sort=False).agg(mean="mean", se="sem", posts="size").reset_index()

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ..base.core import SPLITS
 from ..base.plots import style
 from ..data.pairs import draw_margins
+from ..data.truth import gold_of
 from ..evaluation.pass_curves import plot_pass_curves
 from .pdf import escape_latex
 from grpo_engage.paper.results import (
@@ -210,8 +211,7 @@ def provenance_table(run: Run, preset: str) -> str:
 # %% ../../nbs/paper/02_exhibits.ipynb #c016
 def margins_figure(run: Run) -> Figure:
     """Likes, replies of a post, delays and followers in the run's data, beside PHEME's published marks."""
-    simulated = (run.rows["source"] == "simulator").all()
-    return draw_margins({"simulator" if simulated else "data": run.rows})
+    return draw_margins({"simulator" if gold_of(run.rows) else "data": run.rows})
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c019
 def training_figure(run: Run) -> Figure:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..base.core import REPO_ROOT, stage_manifest
 from ..base.plots import savefig
+from ..data.truth import gold_of
 from grpo_engage.paper.exhibits import (
     comparisons_table,
     data_table,
@@ -180,7 +181,7 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
     smoke, n_seeds = is_smoke(preset, run.name), len(run.seeds)
     seconds = sum(stage_seconds(run).values())
     commit, dirty = commits(run)
-    simulated = bool((run.rows["source"] == "simulator").all())
+    simulated = gold_of(run.rows) is not None
     judged = {"gold": "the simulator's own appeal function, which no learner sees",
               "model": "the learned judge, which is no training reward"}
     test = run.metrics.loc[run.metrics["metric"] == "pass@10", "n"]

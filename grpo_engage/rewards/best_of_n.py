@@ -13,8 +13,8 @@ import pandas as pd
 
 from ..base.core import child_seed, read_json, say, stage_manifest, write_csv
 from ..base.plots import savefig
-from ..data.gold import gold_appeal
 from ..data.pairs import load_pairs
+from ..data.truth import gold_of
 from ..policy.replies import instruction_of, loading_options, read_policy
 from ..policy.sampling import generate_replies, load_policy
 from .engagement_model import EngagementRewardModel
@@ -57,8 +57,8 @@ def best_of_n_stage(run_dir: Path, settings: BestOfNSettings | None = None, **ch
         heuristic = HeuristicReward().explain(post_texts, replies)
         learned, doubt = EngagementRewardModel.load(models / "reward").score_and_uncertainty(post_texts, replies)
         targets = {"judge": EngagementRewardModel.load(models / "judge").score(post_texts, replies)}
-        if (pairs["source"] == "simulator").all():
-            targets["gold"] = gold_appeal(post_texts, replies)
+        if truth := gold_of(pairs):
+            targets["gold"] = truth(post_texts, replies)
         proxies = {name: scores.reshape(len(posts), -1) for name, scores in
                    competing_rewards(heuristic["score"].to_numpy(), learned, doubt).items()}
         square = {name: scores.reshape(len(posts), -1) for name, scores in targets.items()}

@@ -15,8 +15,8 @@ from scipy.special import expit
 
 from ..base.core import child_seed, read_json, say, stage_manifest, write_csv, write_json, write_parquet
 from ..base.plots import savefig
-from ..data.gold import gold_appeal
-from ..data.simulator import draw_context, expected_log_likes, simulate_text
+from ..data.simulator import true_log_likes, world_of
+from ..data.truth import gold_of
 from .circumstances import choose_references, deconfound
 from .context_model import ContextModel, drawn_ceiling, naive_regression
 from .engagement_model import EngagementRewardModel, shuffled_label_twins
@@ -109,13 +109,10 @@ def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, held_log
              "ceiling_drawn": drawn_ceiling(predicted, dispersion, seed), "ceiling_true": None, "n": len(held)}
     manifest = run_dir / "data" / "manifest.json"
     made = read_json(manifest)["parameters"] if manifest.exists() else {}
-    if made.get("source") == "simulator":
-        origin = child_seed(made["seed"], "simulate_pairs")
-        text = simulate_text(made["n_conversations"], origin)
-        chosen = text["reply_id"].isin(held["reply_id"])
-        truth = expected_log_likes(gold_appeal(text["tweet"][chosen], text["reply"][chosen]),
-                                   draw_context(text, origin)[chosen])
-        aligned = pd.Series(truth, index=text["reply_id"][chosen]).reindex(held["reply_id"])
+    if made.get("source") == "simulator" and "confounding" in made:  # not made by the first simulator
+        truth = true_log_likes(made["n_conversations"], child_seed(made["seed"], "simulate_pairs"),
+                               world_of(made))
+        aligned = truth.reindex(held["reply_id"])
         found["ceiling_true"] = overall_spearman(aligned.to_numpy(), actual)
     return predicted, found
 
@@ -123,10 +120,10 @@ def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, held_log
 def _misjudged(held: pd.DataFrame, reward: EngagementRewardModel, judge: np.ndarray) -> pd.DataFrame:
     """Over- and under-rated replies by the combined reward, against gold appeal or, on real data, the judge."""
     posts, replies = held["tweet"].tolist(), held["reply"].tolist()
-    simulated = (held["source"] == "simulator").all()
+    truth = gold_of(held)
     parts = CombinedReward(reward).explain(posts, replies)
     rules = HeuristicReward().explain(posts, replies).drop(columns="score")
-    return misjudged(held, parts["score"], gold_appeal(posts, replies) if simulated else judge,
+    return misjudged(held, parts["score"], truth(posts, replies) if truth else judge,
                      parts.drop(columns="score").join(rules[[name for name in rules if name not in parts]]))
 
 

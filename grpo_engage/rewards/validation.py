@@ -15,7 +15,7 @@ from scipy.special import expit
 
 from ..base.core import child_seed
 from ..base.plots import style
-from ..data.gold import gold_appeal
+from ..data.truth import gold_of
 from .heuristic import clear_pairs, pairwise_accuracy
 from ..stats.intervals import cluster_bootstrap, seed_interval
 from ..text.metrics import cut_words
@@ -173,8 +173,8 @@ def validate_scores(pairs: pd.DataFrame, scores: Mapping[str, np.ndarray], seed:
         "pairs": accuracy(judge, first, second, posts, seed),
         "pairs_of_similar_length": accuracy(judge, first[alike], second[alike], posts, seed)}
     result["by_ratio"] = by_ratio(reward, pairs, seed)
-    if (pairs["source"] == "simulator").all():
-        gold = gold_appeal(pairs["tweet"].tolist(), pairs["reply"].tolist())
+    if truth := gold_of(pairs):
+        gold = truth(pairs["tweet"].tolist(), pairs["reply"].tolist())
         result["gold"] = {name: {"spearman_within_posts": within_post_spearman(values, gold, posts, seed),
                                  "spearman_overall": overall_spearman(values, gold)}
                           for name, values in scores.items()}

@@ -21,7 +21,6 @@ from transformers import TrainerCallback
 
 from ..base.core import child_seed, say, write_parquet
 from ..base.plots import arm_style, style
-from ..data.gold import gold_appeal
 from ..evaluation.scoring import BLOCKING_GUARDS
 from ..policy.model_files import reply_ids
 from grpo_engage.policy.sampling import (
@@ -129,12 +128,12 @@ def _merged(base: Path, adapter: Path | None) -> tuple:
 
 
 def sample_setting(base: Path, adapter: Path | None, start: Path | None, posts: pd.DataFrame, reward: Callable,
-                   n_samples: int, seed: int, max_new_tokens: int = 28) -> pd.DataFrame:
+                   truth: Callable, n_samples: int, seed: int, max_new_tokens: int = 28) -> pd.DataFrame:
     """Replies of one adapter with what is known of each: columns post, sample, text, gold, reward, ok, kl, rouge_l.
 
     posts: columns post, tweet and replies (lists of real ones). start: adapter that `kl` (nats) is taken to, None for
-    the base, and only of samples 0 to 3 (its mean needs few). ok: no blocking guard objects. Temperature 1; `seed`
-    decides the draws.
+    the base, and only of samples 0 to 3 (its mean needs few). truth: of the run, see `gold_of`. ok: no blocking guard
+    objects. Temperature 1; `seed` decides the draws.
     """
     model, tokenizer = _merged(base, adapter)
     reference, _ = _merged(base, start)
@@ -147,7 +146,7 @@ def sample_setting(base: Path, adapter: Path | None, start: Path | None, posts: 
                             made["finish_reason"].iloc[few].eq("stop").tolist())
     return pd.DataFrame({
         "post": posts["post"].to_numpy()[made["post"]], "sample": made["sample"], "text": texts,
-        "gold": gold_appeal(post_texts, texts), "reward": reward(post_texts, texts),
+        "gold": truth(post_texts, texts), "reward": reward(post_texts, texts),
         "ok": ~guards[list(BLOCKING_GUARDS)].any(axis=1).to_numpy(),
         "kl": kl,
         "rouge_l": [rouge_l(text, posts["replies"].iloc[post])
@@ -163,14 +162,14 @@ def nll_by_post(base: Path, adapter: Path | None, references: pd.DataFrame) -> p
 
 
 def study_setting(name: str, setting: Setting, seed: int, out: Path, base: Path, examples: pd.DataFrame,
-                  held: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], reward: Callable, reward_id: str, *,
-                  measured: Sequence[float] = (0.5, 1.0), n_samples: int = 12,
+                  held: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], reward: Callable, reward_id: str,
+                  truth: Callable, *, measured: Sequence[float] = (0.5, 1.0), n_samples: int = 12,
                   learning_rates: tuple[float, float] = (4e-3, 1e-3), **options) -> None:
     """Train `setting` with `seed` and sample it; what `out`/`name`/seed<seed> already holds is not done again.
 
     examples: columns tweet, reply. held: split -> (posts, references), where "test" is sampled at the last step only.
-    measured: shares of the steps. learning_rates: for objectives without and with beta. Writes <split>-<step>.parquet
-    (samples) and nll-<split>-<step>.parquet.
+    truth: of the run's data, see `gold_of`. measured: shares of the steps. learning_rates: for objectives without and
+    with beta. Writes <split>-<step>.parquet (samples) and nll-<split>-<step>.parquet.
     """
     folder, steps = out / name / f"seed{seed}", setting.options["max_steps"]
     start = None if setting.start == "base" else out / setting.start / f"seed{seed}" / "adapter"
@@ -190,7 +189,7 @@ def study_setting(name: str, setting: Setting, seed: int, out: Path, base: Path,
                 continue
             adapter = folder / f"step{step}"
             write_parquet(folder / f"nll-{split}-{step}.parquet", nll_by_post(base, adapter, references))
-            write_parquet(target, sample_setting(base, adapter, start, posts, reward, n_samples,
+            write_parquet(target, sample_setting(base, adapter, start, posts, reward, truth, n_samples,
                                                  child_seed(seed, "study samples", split)))
     say(f"{name} seed {seed}: done")
 

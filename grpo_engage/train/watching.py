@@ -29,7 +29,7 @@ from trl.models import unwrap_model_for_generation
 
 from ..base.core import _atomic_path, child_seed, say, write_csv, write_parquet
 from ..base.plots import arm_style, style
-from ..data.gold import gold_appeal
+from ..data.truth import gold_of
 from ..policy.sampling import clean_text, generate_replies
 from ..policy.settings import INSTRUCTION
 from ..rewards.engagement_model import EngagementRewardModel
@@ -60,7 +60,7 @@ def training_judge(run_dir: Path, pairs: pd.DataFrame, posts: Sequence[str]) -> 
 
     Raises: FileNotFoundError on data that are not simulated, without the stage reward_model.
     """
-    return gold_appeal if (pairs["source"] == "simulator").all() else model_judge(run_dir, pairs, posts)
+    return gold_of(pairs) or model_judge(run_dir, pairs, posts)
 
 # %% ../../nbs/train/04_watching.ipynb #c007
 SCORES = ("proxy", "judge")
