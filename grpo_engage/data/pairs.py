@@ -18,7 +18,7 @@ from ..base.storage import whole_path
 from .reading import read_tables
 from .rows import NUMBER_FIELDS, PairTables, derive_conversation_id
 from .settings import DataSettings
-from .simulator import World, simulate_pairs, world_of
+from .simulator import World, simulate_pairs
 from .splitting import check_fractions, near_copies, split_conversations
 
 # %% ../../nbs/01_data.ipynb #c006
@@ -152,7 +152,8 @@ def data_stage(run_dir: Path, settings: DataSettings | None = None, **changes: o
         if given.source == "file":
             accepted, counts = _read(data_path, folder)
         else:
-            accepted = _simulated(given.n_conversations, seed, world_of(given.flat()))
+            world = World(given.confounding, given.hidden_confounder, given.early_advantage, given.gold)
+            accepted = _simulated(given.n_conversations, seed, world)
             counts = {"accepted": len(accepted), "rejected": 0}
             write_csv(folder / "rejected.csv", PairTables().tables()[1])
         kept = sample_conversations(accepted, seed, given.max_conversations, given.max_examples,

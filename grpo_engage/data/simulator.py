@@ -39,7 +39,7 @@ class World:
 
 
 def world_of(parameters: Mapping) -> World:
-    """The world of a stage `data` with these parameters (of `DataSettings`)."""
+    """The world of a stage `data` whose manifest records these parameters (of `DataSettings`)."""
     return World(*(parameters[name] for name in ("confounding", "hidden_confounder", "early_advantage", "gold")))
 
 
