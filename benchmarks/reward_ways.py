@@ -4,7 +4,8 @@
 
 `offset`, `residual`, `window` and `none` are the ways to keep circumstances out of the labels, with the run's own
 backbone: features are made once, so only the networks differ. `minilm-lora` tunes the sentence encoder; `causal` trains
-the run's base policy through TRL's RewardTrainer. --posts: train on that many posts of the split `reward` (0: all).
+the run's base policy through TRL's RewardTrainer;
+`sentence:ID` and `causal:ID` read by a model of your choice. --posts: train on that many posts of the split `reward` (0: all).
 --event NAME: train without that event (meta.event), judge on it alone. --backbone: instead of the run's own.
 Everything is judged on the split `validation`; `test` is not touched. Writes ways.csv into OUT.
 """
@@ -24,7 +25,6 @@ from grpo_engage.rewards.engagement_model import EngagementRewardModel
 from grpo_engage.rewards.heuristic import clear_pairs, pairwise_accuracy
 from grpo_engage.rewards.validation import overall_spearman, within_post_spearman
 from grpo_engage.stats.intervals import cluster_bootstrap
-from grpo_engage.train.causal_reward import train_causal_reward
 
 CONTROLS = ("offset", "residual", "window", "none")
 
@@ -77,8 +77,8 @@ def main() -> None:
     for way in given.ways.split(","):
         start = time.perf_counter()
         if way == "causal":
-            model = train_causal_reward(read_policy(given.run), train, own, given.out / "causal", epochs=given.epochs,
-                                        seed=given.seed)
+            model = EngagementRewardModel(f"causal:{read_policy(given.run)}", **options,
+                                          backbone_options={"epochs": given.epochs}).fit(train, own, given.seed)
         elif way in CONTROLS:
             model = EngagementRewardModel(given.backbone or used["reward_backbone"], control=way, **options)
             if first is None:

@@ -18,6 +18,7 @@ from grpo_engage.data.simulator import expected_log_likes, simulate_pairs
 from grpo_engage.policy.base_models import ensure_policy
 from grpo_engage.policy.sampling import clean_text, format_prompt, load_policy
 from grpo_engage.rewards import heuristic as heuristic_reward
+from grpo_engage.rewards.causal_reward import preference_dataset
 from grpo_engage.rewards.circumstances import (
     choose_references,
     deconfound,
@@ -45,7 +46,6 @@ from grpo_engage.rewards.validation import (
 from grpo_engage.stats.intervals import cluster_bootstrap, seed_interval
 from grpo_engage.text import embedding as embedding_module
 from grpo_engage.text.embedding import EMBEDDING_SIZE, HashingBackbone, _ngram_counts, _tf_idf, embed, text_features
-from grpo_engage.train.causal_reward import preference_dataset
 
 TINY = {"size": 12, "buckets": 2**10}
 

@@ -68,12 +68,15 @@ def training_pairs(conversations: Sequence, labels: pd.DataFrame, min_gap: float
 def pair_features(backbone, posts: Sequence[str], replies: Sequence[str], evidence: np.ndarray) -> np.ndarray:
     """Features of n pairs, (n, 3d + 1 + e) float32: reply, post, product, cosine, and evidence (n, e).
 
-    backbone: has `encode(texts) -> (n, d)` unit vectors; evidence: from `text_evidence.TextEvidence`. Raises:
+    backbone: has `encode(texts) -> (n, d)` unit vectors, or `encode_pairs(posts, replies) -> (n, d)`, which then stand
+    in place of reply, post, product and cosine; evidence: from `text_evidence.TextEvidence`. Raises:
     ValueError for unequal lengths, TypeError for no text.
     """
     posts, replies = as_texts(posts, "posts"), as_texts(replies, "replies")
     if len(posts) != len(replies):
         raise ValueError(f"{len(posts)} posts but {len(replies)} replies: give one post for each reply")
+    if hasattr(backbone, "encode_pairs"):
+        return np.concatenate([backbone.encode_pairs(posts, replies), evidence], axis=1).astype(np.float32)
     vectors = backbone.encode([*posts, *replies])  # one call: a post that many replies share is encoded once
     post, reply = vectors[:len(posts)], vectors[len(posts):]
     product = post * reply

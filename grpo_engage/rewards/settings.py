@@ -46,7 +46,8 @@ class RewardModelSettings(Settings):
     retweet_weight: float = setting(1.0, "likes that one retweet counts for in the label", low=0, high=100)
     reference_quantile: float = setting(0.5, "a reference reply is at or above this quantile of its post's residuals",
                                         low=0, high=1)
-    reward_backbone: str = setting("hashing", "how the reward reads texts", choices=REWARD_BACKBONES)
+    reward_backbone: str = setting("hashing", "how the reward reads texts: " + ", ".join(REWARD_BACKBONES)
+                                   + ", sentence:ID or causal:ID (a folder or a Hub id)")
     judge_backbone: str = setting("minilm", "how the judge reads them, not as the reward does", choices=JUDGE_BACKBONES)
     validate_on: str = setting("validation", "the split that is scored; test once, when every choice is made",
                                choices=("validation", "test"))
@@ -67,6 +68,10 @@ class RewardModelSettings(Settings):
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
+        kind, _, model = self.reward_backbone.partition(":")
+        if self.reward_backbone not in REWARD_BACKBONES and not (kind in ("sentence", "causal") and model):
+            raise ValueError(f"parameter 'reward_backbone' = {self.reward_backbone!r} is not one of "
+                             f"{', '.join(REWARD_BACKBONES)}, sentence:ID or causal:ID")
         if self.reward_backbone == self.judge_backbone:
             raise ValueError(f"reward_backbone and judge_backbone are both {self.reward_backbone!r}: a judge that "
                              "reads as the reward does shares its blind spots; choose another for one of them")
