@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['OWN', 'REWARD', 'TRUTH', 'temperature_of', 'mark_of', 'Cells', 'system_cells', 'resampled', 'system_means',
            'with_interval', 'rank_correlation', 'within_groups', 'common_errors', 'over_training', 'systems_table',
-           'agreement_matrix', 'ladder_table', 'Ladder', 'climb', 'plot_ladder']
+           'agreement_matrix', 'ladder_table', 'Ladder', 'climb', 'plot_ladder', 'rung_scorers', 'ladder_rungs',
+           'write_ladder']
 
 # %% ../../nbs/evaluation/10_ladder.ipynb #c002
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +21,11 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from sklearn.preprocessing import SplineTransformer
 
-from ..base.core import child_seed
+from ..base.core import child_seed, write_csv
+from ..base.plots import savefig
+from .scoring import Scorer, rung_column
+from ..rewards.engagement_model import EngagementRewardModel
+from ..rewards.reward_model import beat_probability
 from ..stats.intervals import expanded_level
 
 # %% ../../nbs/evaluation/10_ladder.ipynb #c005
@@ -207,10 +213,10 @@ def climb(scored: pd.DataFrame, rungs: Mapping[str, str], n_boot: int = 2000, se
     """The three tables of the ladder.
 
     scored: test replies with arm, kind, seed, post, tokens, n_words, gold (NaN: not known) and the columns that
-    `rungs` (name -> column) names; TRUTH and REWARD are names of their own. Raises: ValueError without REWARD and with NaN.
+    `rungs` (name -> column) names; TRUTH and REWARD are names of their own. ValueError: without REWARD, with NaN.
     """
     if REWARD not in rungs:
-        raise ValueError(f"climb: rungs has {', '.join(rungs)}; {REWARD!r} is missing, which the others are held against")
+        raise ValueError(f"climb: rungs has {', '.join(rungs)}; {REWARD!r} is missing, which others are held against")
     columns = {**{name: column for name, column in rungs.items() if name != REWARD}, "length": "n_words",
                REWARD: rungs[REWARD]}  # the reward last: `common_errors` compares with the last
     cells = system_cells(scored, columns)
@@ -251,3 +257,29 @@ def plot_ladder(systems: pd.DataFrame) -> Figure:
     for axes in grid[len(shown):]:
         axes.axis("off")
     return figure
+
+# %% ../../nbs/evaluation/10_ladder.ipynb #c030
+def rung_scorers(run_dir: str | Path) -> dict[str, Scorer]:
+    """The further judges of a run, by name."""
+    folders = sorted(path for path in (Path(run_dir) / "reward_model" / "ladder").glob("*") if path.is_dir())
+    return {folder.name: (EngagementRewardModel.load(folder).logits, beat_probability) for folder in folders}
+
+
+def ladder_rungs(judge: str, second: str, further: Sequence[str], is_simulated: bool) -> dict[str, str]:
+    """Rung -> column of scores: the truth where it is known (the appeal itself), the run's judge, others, the reward.
+
+    judge, second: who is behind the columns judge and second_judge, of gold, model and heuristic.
+    """
+    names = {"model": "judge", "heuristic": "heuristic"}
+    own = {names[name]: column for name, column in ((judge, "judge"), (second, "second_judge")) if name in names}
+    return {**({TRUTH: "gold"} if is_simulated else {}), **own, **{name: rung_column(name) for name in further},
+            REWARD: "reward"}
+
+
+def write_ladder(folder: Path, scored: pd.DataFrame, rungs: Mapping[str, str], n_boot: int, seed: int) -> Ladder:
+    """`climb`, written into `folder`: systems.csv, ladder.csv, ladder_agreement.csv and figures/ladder."""
+    ladder = climb(scored, rungs, n_boot, seed)
+    for name, table in zip(("systems", "ladder", "ladder_agreement"), ladder, strict=True):
+        write_csv(folder / f"{name}.csv", table)
+    savefig(plot_ladder(ladder.systems), folder / "figures" / "ladder")
+    return ladder
