@@ -19,8 +19,9 @@ ARMS = ["baseline", "grpo", "hybrid", "baseline_T0.7", "grpo_T0.7", "hybrid_T0.7
 def made_up(seed: int = 0, n_posts: int = 12, n_seeds: int = 2) -> pd.DataFrame:
     """Replies of ARMS to the same posts, of unequal number; base and real stand under the first seed."""
     rng = np.random.default_rng(seed)
-    rows = [(arm, training, post, sample) for arm in ARMS
-            for training in range(1 if arm in ("base", "real") else n_seeds) for post in range(n_posts) for sample in range(rng.integers(3, 7))]
+    seeds_of = {arm: 1 if arm in ("base", "real") else n_seeds for arm in ARMS}
+    rows = [(arm, training, post, sample) for arm in ARMS for training in range(seeds_of[arm])
+            for post in range(n_posts) for sample in range(rng.integers(3, 7))]
     table = pd.DataFrame(rows, columns=["arm", "seed", "post", "sample"])
     table["gold"] = table["arm"].map({arm: rng.normal() for arm in ARMS}) + rng.normal(size=n_posts)[table["post"]]
     table["gold"] += rng.normal(size=len(table))

@@ -67,8 +67,9 @@ def plan_jobs(settings: EvaluationSettings, marks: Mapping[tuple[str, int], Sequ
                  "" if arm == "base" else arm, float(value))
              for arm in settings.systems_at() for value in settings.temperatures
              for seed in (seeds[:1] if arm == "base" else seeds)]
+    kept = marks if settings.marks else EMPTY
     jobs += [Job(f"{arm}@{step}", "system", seed, "test", arm, mark=step)
-             for arm in arms for seed in seeds for step in marks.get((arm, seed), ()) if settings.marks]
+             for arm in arms for seed in seeds for step in kept.get((arm, seed), ())]
     jobs += [Job("best_of_n", "rival", seed, "test", "baseline", best_of=settings.best_of)
              for seed in seeds if "best_of_n" in rivals]
     return jobs + [Job(name, "rival", seeds[0], "test") for name in ("prompted", "real") if name in rivals]

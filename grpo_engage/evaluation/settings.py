@@ -58,7 +58,7 @@ class EvaluationSettings(Settings):
     temperatures: list = setting(
         [], "the baseline sampled at these temperatures too, as arms baseline_T...: the frontier")
     temperature_arms: list = setting(
-        ["baseline"], 'what is sampled at `temperatures`; ["all"]: every arm and base, as systems of the ladder')
+        ["baseline"], 'sampled at `temperatures`; ["all"]: every arm and base, for the ladder')
     marks: bool = setting(True, "also take each arm as it was at its marks, as systems ARM@STEP of the ladder")
     best_of: int = setting(4, "tries behind each reply of rival best_of_n, chosen by the training reward", low=2,
                            high=64)

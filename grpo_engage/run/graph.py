@@ -78,7 +78,7 @@ READS_OF_ARMS = {"evaluation": ["adapter", "marks?", "train_log.csv", "samples.p
 WRITES = {
     "data": ["pairs.parquet", "rejected.csv", "margins.csv"],
     "heuristic_reward": ["scores.parquet", "validation.json"],
-    "reward_model": ["reward", "judge", "labels.parquet", "validation.json"],
+    "reward_model": ["reward", "judge", "ladder?", "labels.parquet", "validation.json"],
     "policy": ["policy.json"],
     "best_of_n": ["curves.csv", "peaks.csv", "paired.csv", "replies.csv"],
     "train": ["adapter", "marks?", "train_log.csv", "verdict.json", "samples.parquet?"],
