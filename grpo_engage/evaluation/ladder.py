@@ -193,7 +193,8 @@ def ladder_table(cells: Cells, means: np.ndarray, errors: Mapping[str, np.ndarra
             pair = (means[number], means[scores.index(other)]) if other in scores else None
             measured[name] = rank_correlation(*pair) if pair else nothing
             measured[f"{name}_within"] = within_groups(*pair, temperatures) if pair else nothing
-        measured |= {name: values[:, number] for name, values in errors.items()} | {"over_training": changes[number]}
+        measured |= {name: nothing if score == TRUTH else values[:, number] for name, values in errors.items()}
+        measured["over_training"] = changes[number]
         row = {"rung": score, "n_systems": len(cells.systems), "n_posts": n_posts}
         for name, values in measured.items():
             row[name], row[f"{name}_low"], row[f"{name}_high"] = with_interval(values, n_posts)
