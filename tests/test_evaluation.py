@@ -356,6 +356,47 @@ def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full
     assert costs.loc["best_of_n", "sampled_tokens"] == 8 * 48 * 4 and math.isnan(costs.loc["real", "seconds"])
 
 
+def test_systems_of_the_ladder_are_judged_beside_and_change_no_other_table(full_run, monkeypatch):
+    run_dir, calls = full_run
+    folder = run_dir / "evaluation"
+    plain = evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5])
+    before = {name: (folder / f"{name}.csv").read_bytes() for name in ("metrics", "curves", "comparisons", "decision")}
+    assert not len(pd.read_parquet(folder / "systems.parquet"))
+    for step in (20, 4):
+        mark = run_dir / "train" / "grpo" / "seed0" / "marks" / str(step)
+        mark.mkdir(parents=True)
+        (mark / "weights").write_text(f"grpo {step}")
+    table = evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5],
+                                        temperature_arms=["all"])
+    assert table.equals(plain) and all((folder / f"{name}.csv").read_bytes() == old for name, old in before.items())
+    systems = ["base_T0.5", "grpo@20", "grpo@4", "grpo_T0.5"]
+    assert sorted(pd.read_parquet(folder / "systems.parquet")["arm"].unique()) == systems
+    assert not set(systems) & set(pd.read_parquet(folder / "generations.parquet")["arm"])
+    judged = pd.read_csv(folder / "systems.csv", dtype={"temperature": str}).fillna({"temperature": ""})
+    assert set(judged["system"]) == {*systems, "baseline", "baseline_T0.5", "grpo", "base"}
+    assert judged.set_index("system")["temperature"][["grpo_T0.5", "grpo@4"]].unique().tolist() == ["0.5", "own"]
+    assert pd.read_csv(folder / "ladder.csv").set_index("rung").loc["judge", "n_systems"] == 8
+
+
+def test_a_further_judge_gets_a_mark_a_view_and_a_rung(run_dir, monkeypatch):
+    folder = run_dir / "evaluation"
+    plain = score(run_dir)
+    monkeypatch.setattr(evaluation, "rung_scorers", lambda _: {"contrary": (
+        lambda posts, replies: 1 - quality(posts, replies), scoring.beat_fraction)})
+    with pytest.raises(ValueError, match="lacks a mark for contrary; .*delete it"):
+        score(run_dir)
+    (folder / "pass.json").unlink()
+    pd.testing.assert_series_equal(score(run_dir), plain)
+    assert json.loads((folder / "pass.json").read_text())["rungs"]["contrary"]["tau"] > 0
+    views = pd.read_csv(folder / "robustness.csv").set_index(["arm", "metric", "view"])
+    assert not views.loc[("better", "judge_engagement", "contrary"), "agrees"]
+    decision = pd.read_csv(folder / "decision.csv").fillna("").set_index(["arm", "criterion"])
+    assert "contrary" in decision.loc[("better", "judge_engagement > 0.65"), "unshared"]
+    assert "(not second judge, contrary)" in (folder / "recommendation.txt").read_text()
+    rungs = pd.read_csv(folder / "ladder.csv").set_index("rung")
+    assert rungs.loc["contrary", "with_reward"] == -1 and rungs.loc["contrary", "shared_errors"] < -0.9
+
+
 def test_an_unusable_file_is_named_with_its_line(full_run, tmp_path):
     path = tmp_path / "theirs.jsonl"
     path.write_text(json.dumps({"post": "test-0", "text": "x"}) + "\n" + json.dumps({"post": "elsewhere", "text": "x"}))
@@ -376,7 +417,7 @@ def test_scoring_again_needs_no_policy_and_draws_embedded_fonts(run_dir, monkeyp
     pd.testing.assert_series_equal(score(run_dir), first)
     figures = sorted((run_dir / "evaluation" / "figures").glob("*.pdf"))
     assert {"pass_at_k", "quality_diversity", "tau_sensitivity", "distributions", "safety", "calibration",
-            "forest"} == {path.stem for path in figures}
+            "forest", "ladder"} == {path.stem for path in figures}
     for path in figures:
         content = path.read_bytes()
         assert b"/CIDFontType2" in content and b"/Type3" not in content, path  # TrueType, embedded

@@ -361,7 +361,7 @@ def test_no_stage_reads_what_no_stage_writes(place):
     from grpo_engage.run.graph import READS, WRITES
 
     written = {f"{stage}/{name.rstrip('?')}" for stage, names in WRITES.items() for name in [*names, "manifest.json"]}
-    assert {name.partition("#")[0] for names in READS.values() for name in names} - written == set()
+    assert {name.partition("#")[0].rstrip("?") for names in READS.values() for name in names} - written == set()
     assert set(READS) == set(WRITES) == set(STAGES)
 
 

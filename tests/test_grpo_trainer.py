@@ -16,7 +16,7 @@ from grpo_engage.policy.sampling import load_policy, reply_nll
 from grpo_engage.train.advantages import group_advantage, less_other_groups
 from grpo_engage.train.arm_training import largest_divisor
 from grpo_engage.train.hybrid import pilot_verdict, train_stage
-from grpo_engage.train.loop import tidy_log
+from grpo_engage.train.loop import kept_marks, tidy_log
 from grpo_engage.train.objective import ARMS, Objective, trainable_arm
 from grpo_engage.train.stopping import RewardError, checked_scores
 
@@ -135,14 +135,27 @@ def test_grpo_raises_an_easy_reward(base, pairs, baseline, tmp_path):
 @pytest.mark.parametrize("kill_at", [1, 3, 4])
 def test_a_killed_grpo_run_ends_with_the_same_bytes(base, pairs, baseline, tmp_path, kill_at):
     options = dict(reward_id="brevity", warm_start=baseline, max_steps=5, learning_rate=1e-3, posts_per_step=4,
-                   num_generations=4, micro_batch_size=8, save_steps=2)
+                   num_generations=4, micro_batch_size=8, save_steps=2, marks=[1, 2, 5, 9])
     train_grpo(base, pairs["tweet"], brevity, tmp_path / "whole", **options)
+    assert kept_marks(tmp_path / "whole") == [1, 2]  # after step 5 it is the adapter itself
     with pytest.raises(Killed):
         train_grpo(base, pairs["tweet"], brevity, tmp_path / "cut", **options, callbacks=[KillAfter(kill_at)])
     assert not (tmp_path / "cut" / "adapter").exists()
     log = train_grpo(base, pairs["tweet"], brevity, tmp_path / "cut", **options)
     assert log["step"].tolist() == [1, 2, 3, 4, 5]
     assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")  # adapter, its config and the log
+
+
+def test_a_mark_is_the_adapter_of_a_run_that_ended_there_and_changes_nothing(base, pairs, baseline, tmp_path):
+    options = dict(reward_id="brevity", warm_start=baseline, learning_rate=1e-3, posts_per_step=4, num_generations=4)
+    train_grpo(base, pairs["tweet"], brevity, tmp_path / "marked", **options, max_steps=3, marks=[2])
+    for name, max_steps in (("short", 2), ("plain", 3)):
+        train_grpo(base, pairs["tweet"], brevity, tmp_path / name, **options, max_steps=max_steps)
+    marked = tmp_path / "marked"
+    assert file_sha256(marked / "marks" / "2") == file_sha256(tmp_path / "short" / "adapter")
+    assert adapter_bytes(marked) == adapter_bytes(tmp_path / "plain") != adapter_bytes(tmp_path / "short")
+    train_grpo(base, pairs["tweet"], brevity, marked, **options, max_steps=3)
+    assert kept_marks(marked) == []  # an earlier run's are gone
 
 
 def test_a_killed_supervised_run_ends_with_the_same_bytes(base, pairs, tmp_path):

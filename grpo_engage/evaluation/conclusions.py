@@ -176,5 +176,9 @@ def recommend(decision: pd.DataFrame) -> str:
             advice = _TRY[first] if row.status == "not met" else (
                 "let people vote" if first == "manual" else "more seeds or posts would settle it")
             lines.append(f"  {row.criterion}: {row.status}{f' ({row.reason})' if row.reason else ''}; {advice}.")
+        unshared = dict.fromkeys(f"{row.criterion.split()[0]} (not {row.unshared})" for row in group.itertuples()
+                                 if getattr(row, "unshared", ""))
+        if unshared:
+            lines.append(f"  Not every judge shares its difference from the baseline: {', '.join(unshared)}.")
     verdict = "Proceed" if "proceed" in verdicts else "Iterate" if "iterate" in verdicts else "Stop"
     return "\n".join([f"{verdict}.", *lines])

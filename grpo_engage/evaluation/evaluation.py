@@ -19,9 +19,10 @@ from ..data.truth import gold_of
 from .arm_files import arm_file_name, file_replies
 from .conclusions import beside_projection, compare_arms, decide, recommend
 from .generation import COLUMNS, Job, generate_part, plan_jobs
+from .ladder import ladder_rungs, rung_scorers, write_ladder
 from .pictures import draw_figures
 from .post_metrics import metrics_by_post
-from .robustness import robustness_table
+from .robustness import disagreements, mark_unshared, robustness_table
 from grpo_engage.evaluation.scoring import (
     allowed,
     arms_reward,
@@ -29,6 +30,7 @@ from grpo_engage.evaluation.scoring import (
     engagement_scorers,
     frozen_mark,
     pass_curves,
+    rung_column,
     score_replies,
     second_judge,
     summary_table,
@@ -39,6 +41,7 @@ from ..rewards.heuristic import language_notes
 from ..text.embedding import embed
 from ..text.metrics import words
 from ..text.reply_text import count_pairs
+from ..train.loop import kept_marks
 from ..train.objective import RIVAL_ARMS
 
 # %% ../../nbs/08_evaluation.ipynb #c009
@@ -69,6 +72,8 @@ def generate(run_dir: Path, posts: dict[str, pd.DataFrame], known_posts: Sequenc
              settings: EvaluationSettings) -> pd.DataFrame:
     """Write evaluation/generations.parquet, costs.csv and generation.json (notes); return the generations.
 
+    Replies of what is looked at by the ladder of judges alone go to systems.parquet.
+
     posts: by split. known_posts: every test post of the data, of which `posts` may hold a part. jobs: `plan_jobs`.
     """
     folder = run_dir / "evaluation"
@@ -88,8 +93,11 @@ def generate(run_dir: Path, posts: dict[str, pd.DataFrame], known_posts: Sequenc
                                     settings.sampling.n_samples)
         frames.append(frame)
         notes += found
-    generations = pd.concat(frames, ignore_index=True)[COLUMNS]
+    everything = pd.concat(frames, ignore_index=True)[COLUMNS]
+    is_system = everything["kind"] == "system"
+    generations = everything[~is_system].reset_index(drop=True)
     write_parquet(folder / "generations.parquet", generations)
+    write_parquet(folder / "systems.parquet", everything[is_system].reset_index(drop=True))
     write_csv(folder / "costs.csv", pd.DataFrame(costs))
     write_json(folder / "generation.json", {"notes": notes})
     return generations
@@ -100,7 +108,8 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
 
     Also writes into run_dir/evaluation: pass.json (unless it is there), scores.parquet, curves.csv, notes.csv,
     comparisons.csv (over posts), comparisons_by_seed.csv (over posts and seeds), robustness.csv, decision.csv,
-    projected.csv, recommendation.txt, training_path.csv and figures/. Raises ValueError when something that
+    projected.csv, recommendation.txt, systems.csv, ladder.csv, ladder_agreement.csv, training_path.csv and figures/.
+    Raises ValueError when something that
     these need is missing.
     """
     given, run_dir = Scoring.given(settings, **changes), Path(run_dir)
@@ -116,20 +125,22 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     trained = list(kinds.loc[kinds["kind"] == "trained", ["arm", "seed"]].itertuples(index=False, name=None))
     judge_name, scorers = engagement_scorers(run_dir, given.judge, truth, trained)
     second_name, second = second_judge(run_dir, judge_name, truth)
+    rungs = rung_scorers(run_dir)
+    scorers |= {"second_judge": second} | {rung_column(name): scorer for name, scorer in rungs.items()}
     training = pairs.loc[pairs["split"] == "policy", "reply"].tolist()
 
-    def score(split: str) -> pd.DataFrame:
+    def score(split: str, generations: pd.DataFrame = generations) -> pd.DataFrame:
         chosen = generations[generations["split"] == split]
         if chosen.empty:
             raise ValueError(f"{folder / 'generations.parquet'} holds no replies to {split} posts; generate them first")
         posts = posts_with_replies(pairs, split)
         posts = posts[posts["post"].isin(chosen["post"])].reset_index(drop=True)
-        return score_replies(chosen, posts, scorers | {"second_judge": second}, truth, training)
+        return score_replies(chosen, posts, scorers, truth, training)
 
     validation = score("validation")
     judge_folder = run_dir / "reward_model" / "judge" if judge_name == "model" else None
     frozen, moved = frozen_mark(folder / "pass.json", validation, given.target_pass_at_10, judge_name, second_name,
-                                judge_folder)
+                                judge_folder, list(rungs))
     scored = pd.concat([validation, score("test")], ignore_index=True)
     scored["passed"] = (scored["judge"] >= frozen["tau"]) & allowed(scored)
     write_parquet(folder / "scores.parquet", scored.drop(columns="text"))
@@ -150,10 +161,13 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     robustness = robustness_table(test, frozen, n_boot, seed)
     write_csv(folder / "robustness.csv", robustness)
     of_arms = by_post[~by_post["arm"].isin(rivals)]  # criteria are for what was trained
-    decision = decide(of_arms)
+    decision = mark_unshared(decide(of_arms), robustness)
     write_csv(folder / "decision.csv", decision)
     write_csv(folder / "projected.csv", beside_projection(of_arms))
     (folder / "recommendation.txt").write_text(recommend(decision) + "\n", encoding="utf-8")
+    systems = pd.read_parquet(path) if (path := folder / "systems.parquet").exists() else generations.head(0)
+    ladder = pd.concat([test, score("test", systems)] if len(systems) else [test], ignore_index=True)
+    write_ladder(folder, ladder, ladder_rungs(judge_name, second_name, list(rungs), is_simulated), n_boot, seed)
     write_csv(folder / "curves.csv", pass_curves(test, n_boot, seed))
     generated = folder / "generation.json"
     notes = frozen["warnings"] + moved + (read_json(generated)["notes"] if generated.exists() else []) + notes
@@ -162,6 +176,9 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     write_csv(folder / "notes.csv", pd.DataFrame({"note": notes}, dtype=str))
     for note in notes:
         say(f"note: {note}")
+    apart = [f"{arm} {metric} ({', '.join(views)})" for (arm, metric), views in disagreements(
+        robustness, set(of_arms["arm"])).items()]
+    say(f"differences from the baseline that not every judge shares: {'; '.join(apart) or 'none'}")
     draw_figures(folder, pairs)
     path = training_path(run_dir, trained, pairs)
     write_csv(folder / "training_path.csv", path)
@@ -185,7 +202,7 @@ def evaluation_stage(run_dir: Path, settings: EvaluationSettings | None = None, 
     inputs = [run_dir / "data" / "pairs.parquet", run_dir / "policy" / "policy.json",
               run_dir / "reward_model" / "reward", run_dir / "reward_model" / "judge", *adapters,
               *map(Path, given.arm_files)]
-    jobs = plan_jobs(given)
+    jobs = plan_jobs(given, {key: kept_marks(path.parent) for key, path in zip(trained, adapters, strict=True)})
     style()
     with stage_manifest(folder, "evaluation", given.recorded(), inputs) as manifest:
         pairs = pd.read_parquet(inputs[0])

@@ -57,6 +57,9 @@ class EvaluationSettings(Settings):
     rivals: list = setting([], "other ways that need no training, as arms beside", of=RIVALS)
     temperatures: list = setting(
         [], "the baseline sampled at these temperatures too, as arms baseline_T...: the frontier")
+    temperature_arms: list = setting(
+        ["baseline"], 'sampled at `temperatures`; ["all"]: every arm and base, for the ladder')
+    marks: bool = setting(True, "also take each arm as it was at its marks, as systems ARM@STEP of the ladder")
     best_of: int = setting(4, "tries behind each reply of rival best_of_n, chosen by the training reward", low=2,
                            high=64)
     arm_files: list = setting(
@@ -69,6 +72,15 @@ class EvaluationSettings(Settings):
     def check(self) -> None:
         check_participants(self.arms, self.seeds)
         check_rivals(self.rivals, self.temperatures, self.sampling.temperature)
+        known = [*self.arms, *(["base"] if self.include_base else [])]
+        if self.temperature_arms != ["all"] and (unknown := [arm for arm in self.temperature_arms if arm not in known]):
+            raise ValueError(f'temperature_arms = {self.temperature_arms}: {", ".join(map(str, unknown))} is not '
+                             f'evaluated; give ["all"], or some of {", ".join(known)}')
+
+    def systems_at(self) -> list[str]:
+        """The arms that are sampled at `temperatures` too."""
+        everybody = [*self.arms, *(["base"] if self.include_base else [])]
+        return everybody if self.temperature_arms == ["all"] else self.temperature_arms
 
 
 def check_participants(arms: list, seeds: list) -> None:

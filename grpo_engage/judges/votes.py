@@ -110,7 +110,7 @@ def update_decision(run_dir: Path) -> pd.DataFrame:
     if not (folder / "decision.csv").exists():
         raise FileNotFoundError(f"{folder / 'decision.csv'} is missing: run the evaluation first")
     votes = read_votes(folder / "votes.csv")
-    decision = pd.read_csv(folder / "decision.csv", keep_default_na=True).fillna({"reason": ""})
+    decision = pd.read_csv(folder / "decision.csv", keep_default_na=True).fillna({"reason": "", "unshared": ""})
     decision = with_inspection(decision, inspection(votes))
     write_csv(folder / "decision.csv", decision)
     write_csv(folder / "voters.csv", voter_agreement(votes))

@@ -64,7 +64,8 @@ READS = {
     "policy": [_PAIRS],
     "best_of_n": [_PAIRS, _POLICY, *_MODELS, "reward_model/validation.json"],
     "train": [_PAIRS, _POLICY, *_MODELS, "reward_model/labels.parquet", "reward_model/validation.json#verdict"],
-    "evaluation": [_PAIRS, _POLICY, *_MODELS, "reward_model/labels.parquet", "reward_model/validation.json#verdict"],
+    "evaluation": [_PAIRS, _POLICY, *_MODELS, "reward_model/ladder?", "reward_model/labels.parquet",
+                   "reward_model/validation.json#verdict"],
     "paper": [_PAIRS, _POLICY, "data/rejected.csv", "heuristic_reward/validation.json",
               "reward_model/validation.json", "evaluation/pass.json", "evaluation/metrics.csv",
               "evaluation/comparisons.csv", "evaluation/curves.csv",
@@ -72,17 +73,17 @@ READS = {
                                                        "evaluation"))],
 }
 # What evaluation and paper read of each training job.
-READS_OF_ARMS = {"evaluation": ["adapter", "train_log.csv", "samples.parquet?", "manifest.json#reward"],
+READS_OF_ARMS = {"evaluation": ["adapter", "marks?", "train_log.csv", "samples.parquet?", "manifest.json#reward"],
                  "paper": ["train_log.csv", "verdict.json", "manifest.json"]}
 WRITES = {
     "data": ["pairs.parquet", "rejected.csv", "margins.csv"],
     "heuristic_reward": ["scores.parquet", "validation.json"],
-    "reward_model": ["reward", "judge", "labels.parquet", "validation.json"],
+    "reward_model": ["reward", "judge", "ladder?", "labels.parquet", "validation.json"],
     "policy": ["policy.json"],
     "best_of_n": ["curves.csv", "peaks.csv", "paired.csv", "replies.csv"],
-    "train": ["adapter", "train_log.csv", "verdict.json", "samples.parquet?"],
+    "train": ["adapter", "marks?", "train_log.csv", "verdict.json", "samples.parquet?"],
     "evaluation": ["generations.parquet", "scores.parquet", "pass.json", "metrics.csv", "comparisons.csv",
-                   "robustness.csv", "curves.csv", "notes.csv"],
+                   "robustness.csv", "systems.csv", "ladder.csv", "ladder_agreement.csv", "curves.csv", "notes.csv"],
     "paper": ["macros.tex", "main.pdf"],
 }
 

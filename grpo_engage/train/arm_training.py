@@ -7,6 +7,7 @@ __all__ = ['trl_reward', 'largest_divisor', 'micro_batch', 'sampling_engine', 'g
            'fingerprint', 'train_arm']
 
 # %% ../../nbs/train/05_arm_training.ipynb #c002
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -27,7 +28,7 @@ from ..policy.base_models import quiet_libraries
 from ..policy.sampling import clean_text, format_prompt, load_adapted, load_policy
 from ..policy.settings import INSTRUCTION, Loading
 from ..text.diversity import SetFunction
-from .loop import WarnOfTrouble, lora_config, prepare_checkpoints, run_trainer
+from .loop import MARKS, KeepMarks, WarnOfTrouble, lora_config, prepare_checkpoints, run_trainer
 from .objective import Objective
 from .reference_trainer import ReplyConfig
 from .settings import Optimiser, Sampling, TrainSettings, check_training
@@ -179,7 +180,7 @@ def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, settings: 
               instruction: str = INSTRUCTION, base_name: str = "", keep_checkpoints: bool = False,
               set_function: SetFunction | None = None, watch: Watch | None = None, label: str = "training",
               callbacks: Sequence[TrainerCallback] = (), **changes: object) -> pd.DataFrame:
-    """Train a LoRA adapter; write `folder`/adapter and `folder`/train_log.csv; return the log.
+    """Train a LoRA adapter; write `folder`/adapter, `folder`/marks/<step> and `folder`/train_log.csv; return the log.
 
     base: folder or Hub id. examples: columns tweet and, for alpha > 0, reply (a reference). settings: see
     `TrainSettings`; changes: some of its parameters. objective: None for that of the settings' arm. reward: for
@@ -204,10 +205,13 @@ def train_arm(base: str | Path, examples: pd.DataFrame, folder: Path, settings: 
                         **several)
     with explained_writing(Path(folder)):
         resume_from = on_first_process(lambda: prepare_checkpoints(Path(folder) / "checkpoints", facts))
+        if resume_from is None:  # what stands there is another run's
+            on_first_process(lambda: shutil.rmtree(Path(folder) / MARKS, ignore_errors=True))
     trainer = make_trainer(base, data, folder, settings, objective=objective, reward=reward, warm_start=warm_start,
                            seed=seed, loading=loading, instruction=instruction, set_function=set_function, watch=watch,
                            label=label, callbacks=callbacks)
     trainer.add_callback(last_step := LastStep())
+    trainer.add_callback(KeepMarks(trainer, settings.marks, folder, base_name or str(base)))
     try:
         return run_trainer(trainer, folder, resume_from, base_name or str(base), keep_checkpoints)
     except RewardError:

@@ -43,8 +43,8 @@ ARMS = {
     "hybrid": Arm(0.3, 0.5, 0.2, "baseline"),
 }
 
-# Not a paradigm: what the additional steps of the policy-gradient arms buy without their terms.
-RIVAL_ARMS = {"baseline_long": Arm(1.0, 0.0, 0.0, "baseline")}
+# No paradigms: what the additional steps of the policy-gradient arms buy without their terms; grpo trained too hard.
+RIVAL_ARMS = {"baseline_long": Arm(1.0, 0.0, 0.0, "baseline"), "grpo_over": Arm(0.0, 1.0, 0.0, "baseline")}
 
 # %% ../../nbs/train/00_objective.ipynb #c007b
 def trainable_arm(name: str, warm_start: str = "arm") -> Arm:

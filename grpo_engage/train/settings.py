@@ -136,6 +136,7 @@ class TrainSettings(Settings):
     processes: Processes = group(Processes)
     validation_replies: int = setting(48, "validation references whose likelihood is measured before and after", low=1,
                                       high=100000)
+    marks: list = setting([], "steps after which the adapter is kept: rivals ARM@STEP of the evaluation")
     keep_checkpoints: bool = setting(False, "the runner keeps them until the job is over, and removes them then",
                                      recorded=False)
 
@@ -157,6 +158,8 @@ class TrainSettings(Settings):
 
     def check(self) -> None:
         check_training(self, self.objective())
+        if any(isinstance(step, bool) or not isinstance(step, int) or step < 1 for step in self.marks):
+            raise ValueError(f"marks={self.marks}: give steps, whole numbers from 1 on")
 
 
 def check_training(settings: TrainSettings, objective: Arm, n_processes: int = 0) -> None:
