@@ -45,9 +45,10 @@ def test_a_kept_reply_counts_like_any_other():
 
 @pytest.mark.parametrize("advantage", ["leave_one_out", "max_at_k"])
 def test_other_advantages_leave_it_out_too(advantage):
-    _, output, _ = prepared("mask", advantage=advantage)
+    k = {"max_k": 2} if advantage == "max_at_k" else {}
+    _, output, _ = prepared("mask", advantage=advantage, **k)
     others = output["advantages"].numpy()
-    _, alone, _ = prepared("mask", advantage=advantage, group=GROUP[1:])
+    _, alone, _ = prepared("mask", advantage=advantage, group=GROUP[1:], **k)
     expected = alone["advantages"].numpy()  # one scale for all: the root mean square over the step, of 4 and of 3
     assert others[0] == 0 and np.abs(expected).max() > 0.1
     np.testing.assert_allclose(others[1:], expected * np.sqrt(4 / 3), rtol=1e-5)

@@ -60,8 +60,7 @@ class Credit(Settings):
     reward_pass_threshold: float = setting(0.0, "above 0: the reward is 1 where it reaches this, else 0; 0: the score",
                                            low=0, high=1)
     diversity_metric: str = setting("self_bleu", "D of a group", choices=DIVERSITY_METRICS)
-    cut_replies: str = setting("mask", "replies cut at max_new_tokens; mask: no gradient, out of the group's baseline; "
-                               "penalise: the lowest reward; keep: like any other", choices=CUT_REPLIES)
+    cut_replies: str = setting("mask", "replies cut at max_new_tokens; penalise: lowest reward", choices=CUT_REPLIES)
     advantage_clip: float = setting(10.0, "bound of the combined advantage; 0: none", low=0, high=1000000)
     policy_every: int = setting(1, "group terms on every n-th step, not rescaled; needs alpha > 0", low=1, high=1000000)
     kl_weight: float = setting(
