@@ -19,6 +19,7 @@ from ..base.core import child_seed, say, stage_manifest, write_csv, write_json, 
 from ..base.plots import savefig, style
 from .exploits import exploit_replies
 from .settings import HeuristicSettings
+from .unseen_exploits import unseen_exploit_table
 from ..stats.intervals import cluster_bootstrap
 from ..text.reply_text import BY_CHARACTER, clean_reply, count_pairs
 
@@ -234,7 +235,8 @@ def _figure(real: np.ndarray, exploits: pd.DataFrame, order: dict) -> plt.Figure
 def heuristic_reward_stage(run_dir: Path, settings: HeuristicSettings | None = None, **changes: object) -> pd.DataFrame:
     """Score all pairs of run_dir/data/pairs.parquet; returns the exploit table.
 
-    Writes run_dir/heuristic_reward/: scores.parquet (row, score, guard, components), exploits.csv, validation.json and
+    Writes run_dir/heuristic_reward/: scores.parquet (row, score, guard, components), exploits.csv,
+    unseen_exploits.csv (a suite that no guard was written against: `unseen_exploit_table`), validation.json and
     heuristic_reward.{pdf,png}. Raises FileNotFoundError without the data stage's output, ValueError for bad weights.
     """
     given = HeuristicSettings.given(settings, **changes)
@@ -259,6 +261,8 @@ def heuristic_reward_stage(run_dir: Path, settings: HeuristicSettings | None = N
         order |= {"split": "validation", "real_score_quartiles": np.percentile(scores, [25, 50, 75]),
                   "guarded_share_of_real_replies": {name: float((factors[name] < 1).mean()) for name in factors}}
         write_csv(folder / "exploits.csv", exploits)
+        write_csv(folder / "unseen_exploits.csv",
+                  unseen_exploit_table({"heuristic": reward}, validation, child_seed(seed, "unseen exploits")))
         write_json(folder / "validation.json", order)
         figure = _figure(scores, exploits, order)
         savefig(figure, folder / "figures" / "heuristic_reward")

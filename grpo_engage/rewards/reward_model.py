@@ -23,6 +23,7 @@ from .engagement_model import EngagementRewardModel, shuffled_label_twins
 from .heuristic import HeuristicReward, guard_flags, language_notes
 from .overoptimisation import misjudged
 from .settings import RewardModelSettings
+from .unseen_exploits import unseen_exploit_table
 from grpo_engage.rewards.validation import (
     control_accuracy,
     overall_spearman,
@@ -131,7 +132,8 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
     """Train reward (split `reward`) and judge (split `judge`); returns what validation.json holds.
 
     settings: see `RewardModelSettings`. Writes run_dir/reward_model/: labels.parquet, reward/, judge/,
-    validation.json (with the verdict that an arm reads), misjudged.csv, figures/reward_validation.*. Raises:
+    validation.json (with the verdict that an arm reads), misjudged.csv, exploits.csv (see
+    `unseen_exploit_table`), figures/reward_validation.*. Raises:
     FileNotFoundError without the data and heuristic_reward stages, ValueError where a split has too few comparable
     replies or both models have the same backbone.
     """
@@ -185,6 +187,9 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
                                                     seed)
         validation["verdict"] = verdict(validation)
         write_json(folder / "validation.json", validation)
+        write_csv(folder / "exploits.csv", unseen_exploit_table(
+            {"learned": reward.logits, "combined": CombinedReward(reward), "judge": models["judge"].logits}, held,
+            child_seed(seed, "unseen exploits")))
         write_csv(folder / "misjudged.csv", _misjudged(held, reward, logits["judge"]))
         savefig(validation_figure(validation, held, logits), folder / "figures" / "reward_validation")
         references = labels["reference"].groupby(pairs["split"]).sum()

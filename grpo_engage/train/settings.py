@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..base.settings import Settings, group, setting
 from ..rewards.settings import RewardChoice
 from ..text.diversity import DIVERSITY_METRICS
+from .advantages import CUT_REPLIES
 from .objective import ARMS, RIVAL_ARMS, Arm, arm_objective, process_share
 
 # %% ../../nbs/train/08_settings.ipynb #c005
@@ -59,6 +60,7 @@ class Credit(Settings):
     reward_pass_threshold: float = setting(0.0, "above 0: the reward is 1 where it reaches this, else 0; 0: the score",
                                            low=0, high=1)
     diversity_metric: str = setting("self_bleu", "D of a group", choices=DIVERSITY_METRICS)
+    cut_replies: str = setting("mask", "replies cut at max_new_tokens; penalise: lowest reward", choices=CUT_REPLIES)
     advantage_clip: float = setting(10.0, "bound of the combined advantage; 0: none", low=0, high=1000000)
     policy_every: int = setting(1, "group terms on every n-th step, not rescaled; needs alpha > 0", low=1, high=1000000)
     kl_weight: float = setting(

@@ -23,6 +23,7 @@ from ..policy.sampling import clean_text
 from ..text.diversity import DIVERSITY_METRICS, SetFunction, set_diversity
 from grpo_engage.train.advantages import (
     ADVANTAGES,
+    check_cut_replies,
     combined_advantages,
     diversity_credits,
     in_groups,
@@ -30,6 +31,7 @@ from grpo_engage.train.advantages import (
     scaled_credit,
     scorable_advantages,
     weighted_rewards,
+    without_cut,
 )
 from .loop import drop_rewards, named_metrics, no_reward
 from .objective import Objective
@@ -166,7 +168,7 @@ class ReplyTrainer(ReferenceTrainer):
     phase; they are not multiplied by n to make up for it). kl_weight: KL(policy || warm start) inside L_grpo, so TRL's
     own `args.beta` is beta * kl_weight. exact: unscaled, unclipped and without length normalisation, so that the
     expected gradient is that of the objective. max_length: of prompt and reference, in tokens (None: what the model
-    can read); see `ReferenceTrainer`.
+    can read); see `ReferenceTrainer`. cut_replies: what a reply without an end counts; see `without_cut`.
 
     Raises: ValueError for settings that contradict each other and for rows without a usable reference, before a model
     is touched; FloatingPointError for a loss that is not finite.
@@ -177,9 +179,13 @@ class ReplyTrainer(ReferenceTrainer):
                  advantage: str = "group", max_k: int | None = None,
                  diversity_metric: str | SetFunction = "self_bleu",
                  advantage_clip: float | None = None, policy_every: int = 1, kl_weight: float = 0.0,
-                 rms_floor: float = 1e-3, exact: bool = False, max_length: int | None = None, **named) -> None:
+                 rms_floor: float = 1e-3, exact: bool = False, max_length: int | None = None,
+                 cut_replies: str = "keep", **named) -> None:
         check_values(advantage, diversity_metric, max_k, advantage_clip, policy_every, rms_floor, max_length)
+        check_cut_replies(cut_replies, exact)
         args = GRPOConfig("ReplyTrainer") if args is None else copy(args)
+        args.mask_truncated_completions = args.mask_truncated_completions or cut_replies == "mask"
+        self.cut_replies = cut_replies
         args.beta = trl_beta(objective, kl_weight, args.beta)
         check_trainer_arguments(args, objective, advantage=advantage, max_k=max_k, policy_every=policy_every,
                                 exact=exact, advantage_clip=advantage_clip,
@@ -209,6 +215,11 @@ class ReplyTrainer(ReferenceTrainer):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         texts = [text if isinstance(text, str) else text[-1]["content"] or "" for text in completions]
         # a group may straddle processes: everybody sees all texts, as TRL does with the rewards
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}  # TRL's own rule of what is cut
+        self._cut = np.array(gather_object([ids[-1] not in ends for ids in completion_ids_list]), dtype=bool)
+        if self._cut.any():
+            rewards = torch.as_tensor(without_cut(rewards.cpu().numpy(), self._cut, self.cut_replies),
+                                      device=rewards.device)
         self._scored = rewards, gather_object([clean_text(text, self._tokenizer) for text in texts])
         return rewards
 
@@ -261,8 +272,9 @@ class ReplyTrainer(ReferenceTrainer):
     def _diversity_credit(self, size: int) -> np.ndarray | None:
         if not self.objective.lam:
             return None
-        diversity, credit = diversity_credits(self._scored[1], size, self.diversity_metric)
-        self._now["diversity"].append(float(np.mean(diversity)))
+        diversity, credit = diversity_credits(self._scored[1], size, self.diversity_metric,
+                                              self._cut if self.cut_replies == "mask" else None)
+        self._now["diversity"].append(float(np.nanmean(diversity)) if np.isfinite(diversity).any() else 0.0)
         self._now["diversity_credit_rms"].append(float(np.sqrt(np.mean(credit**2))))
         return self._scaled(credit)
 
