@@ -4,8 +4,8 @@
 
 `offset`, `residual`, `window` and `none` are the ways to keep circumstances out of the labels, with the run's own
 backbone: features are made once, so only the networks differ. `minilm-lora` tunes the sentence encoder; `causal` trains
-the run's base policy through TRL's RewardTrainer;
-`sentence:ID` and `causal:ID` read by a model of your choice. --posts: train on that many posts of the split `reward` (0: all).
+the run's base policy through TRL's RewardTrainer; `sentence:ID` and `causal:ID` read by a model of your choice.
+--posts: train on that many posts of the split `reward` (0: all).
 --event NAME: train without that event (meta.event), judge on it alone. --backbone: instead of the run's own.
 Everything is judged on the split `validation`; `test` is not touched. Writes ways.csv into OUT.
 """

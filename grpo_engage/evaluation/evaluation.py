@@ -167,7 +167,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     (folder / "recommendation.txt").write_text(recommend(decision) + "\n", encoding="utf-8")
     systems = pd.read_parquet(path) if (path := folder / "systems.parquet").exists() else generations.head(0)
     ladder = pd.concat([test, score("test", systems)] if len(systems) else [test], ignore_index=True)
-    write_ladder(folder, ladder, ladder_rungs(judge_name, second_name, list(rungs), is_simulated), n_boot, seed)
+    write_ladder(folder, ladder, ladder_rungs(judge_name, second_name, list(rungs), truth is not None), n_boot, seed)
     write_csv(folder / "curves.csv", pass_curves(test, n_boot, seed))
     generated = folder / "generation.json"
     notes = frozen["warnings"] + moved + (read_json(generated)["notes"] if generated.exists() else []) + notes
