@@ -24,7 +24,6 @@ from grpo_engage.rewards.circumstances import (
     deconfound,
     design_matrix,
     engagement,
-    expected_engagement,
 )
 from grpo_engage.rewards.context_model import ContextModel, context_features
 from grpo_engage.rewards.encoder_tuning import TunedMiniLMBackbone
@@ -32,6 +31,7 @@ from grpo_engage.rewards.engagement_model import EngagementRewardModel, shuffled
 from grpo_engage.rewards.heuristic import clear_pairs, pairwise_accuracy
 from grpo_engage.rewards.overoptimisation import best_of_n, misjudged
 from grpo_engage.rewards.pairwise import bradley_terry_loss, pair_features, training_pairs
+from grpo_engage.rewards.pooled_expectation import pooled_expectation
 from grpo_engage.rewards.reward_model import CombinedReward, beat_probability, reward_model_stage
 from grpo_engage.rewards.text_evidence import TYPICALITY, TextEvidence
 from grpo_engage.rewards.training_reward import UnvalidatedReward, training_reward
@@ -147,15 +147,15 @@ def make_counts(n: int = 3000, alpha: float = 2.0, seed: int = 0) -> tuple[pd.Da
         "reply_time_diff_seconds": np.round(np.exp(random.normal(7, 1, n))),
         "meta": [json.dumps({"broadcast": bool(flag)}) for flag in random.random(n) < 0.2],
     })
-    broadcast = pairs.meta.str.contains("true")
-    mean = np.exp(-3 + 0.4 * np.log1p(pairs.reply_author_followers) + 0.8 * broadcast).to_numpy()
+    pairs["reply"] = [f"reply {index}" for index in range(n)]
+    mean = np.exp(-3 + 0.4 * np.log1p(pairs.reply_author_followers)).to_numpy()
     pairs["reply_likes"] = random.negative_binomial(1 / alpha, 1 / (1 + alpha * mean)).astype(float)
     return pairs, mean
 
 
-def test_expected_engagement_recovers_the_law_it_was_drawn_from():
+def test_pooled_expectation_recovers_the_law_it_was_drawn_from():
     pairs, mean = make_counts()
-    expected, report = expected_engagement(pairs, np.arange(len(pairs)) < 2500)
+    expected, report = pooled_expectation(pairs, np.arange(len(pairs)) < 2500)
     assert np.abs(np.log(expected / mean)).mean() < 0.2
     assert report["dispersion"] == pytest.approx(2.0, abs=0.4) and report["rows_fitted"] == 2500
 
@@ -167,8 +167,9 @@ def test_maximum_likelihood_agrees_with_statsmodels_glm_at_its_dispersion():
 
     pairs, _ = make_counts(seed=5)
     rows = np.ones(len(pairs), dtype=bool)
-    _, report = expected_engagement(pairs, rows)
-    regressors, _ = design_matrix(covariates(pairs), rows)
+    _, report = pooled_expectation(pairs, rows)
+    values = covariates(pairs, ["followers", "delay"]).assign(log_post_likes=np.log1p(pairs.tweet_likes))
+    regressors, _ = design_matrix(values, rows)
     family = sm.families.NegativeBinomial(alpha=report["dispersion"])
     glm = sm.GLM(pairs.reply_likes, regressors, family=family).fit()
     np.testing.assert_allclose(list(report["coefficients"].values()), glm.params, atol=2e-3)
@@ -191,7 +192,7 @@ def test_null_covariates_are_flagged_or_dropped_and_predictions_stay_finite():
 def test_all_covariates_null_leaves_the_mean():
     pairs, _ = make_counts(seed=3)
     empty = pairs.assign(reply_author_followers=np.nan, reply_time_diff_seconds=np.nan, tweet_likes=np.nan, meta=None)
-    expected, report = expected_engagement(empty, np.ones(len(empty), dtype=bool))
+    expected, report = pooled_expectation(empty, np.ones(len(empty), dtype=bool))
     np.testing.assert_allclose(expected, pairs.reply_likes.mean(), rtol=1e-3)
     assert list(report["coefficients"]) == ["constant"]
 
@@ -199,7 +200,7 @@ def test_all_covariates_null_leaves_the_mean():
 def test_underdispersed_counts_take_the_documented_fallback():
     pairs, _ = make_counts(seed=4)
     binomial = pairs.assign(reply_likes=np.random.default_rng(0).binomial(4, 0.5, len(pairs)).astype(float))
-    expected, report = expected_engagement(binomial, np.ones(len(pairs), dtype=bool))
+    expected, report = pooled_expectation(binomial, np.ones(len(pairs), dtype=bool))
     assert report["method"].startswith("GLM with moment dispersion") and report["dispersion"] == 1e-4
     np.testing.assert_allclose(expected.mean(), 2.0, atol=0.05)
 
@@ -208,7 +209,7 @@ def test_one_viral_reply_does_not_break_the_maximum_likelihood():
     """statsmodels' own starting values overflow on such tails, and the estimate would silently be the fallback's."""
     pairs, mean = make_counts(9000, alpha=4.0, seed=6)
     pairs.loc[pairs.reply_author_followers.idxmax(), "reply_likes"] = 8000.0
-    expected, report = expected_engagement(pairs, np.ones(len(pairs), dtype=bool))
+    expected, report = pooled_expectation(pairs, np.ones(len(pairs), dtype=bool))
     assert report["method"] == "NB2 maximum likelihood" and report["dispersion"] == pytest.approx(4.0, abs=0.8)
     assert np.abs(np.log(expected / mean)).mean() < 0.3
 
@@ -216,11 +217,11 @@ def test_one_viral_reply_does_not_break_the_maximum_likelihood():
 def test_constant_engagement_and_bad_fit_rows_are_errors():
     pairs, _ = make_counts(50)
     with pytest.raises(ValueError, match="no two distinct values"):
-        expected_engagement(pairs.assign(reply_likes=2.0), np.ones(50, dtype=bool))
+        pooled_expectation(pairs.assign(reply_likes=2.0), np.ones(50, dtype=bool))
     with pytest.raises(ValueError, match="no two distinct values"):
-        expected_engagement(pairs.assign(reply_likes=np.nan), np.ones(50, dtype=bool))
+        pooled_expectation(pairs.assign(reply_likes=np.nan), np.ones(50, dtype=bool))
     with pytest.raises(ValueError, match="shape"):
-        expected_engagement(pairs, np.ones(3, dtype=bool))
+        pooled_expectation(pairs, np.ones(3, dtype=bool))
 
 
 def test_retweets_count_by_their_weight():
