@@ -30,7 +30,7 @@ def world(random, n_posts=150, n_replies=6, effect=0.5):
 
 @pytest.fixture(scope="module")
 def big():
-    return world(np.random.default_rng(0), n_posts=600)
+    return world(np.random.default_rng(0), n_posts=2500)
 
 
 def verdict_rate(make, draws, n_posts=100):
@@ -44,11 +44,11 @@ def verdict_rate(make, draws, n_posts=100):
 
 
 def test_a_copy_and_noise_are_never_validated():
-    """80 draws of each; both add nothing, and the smallest gain worth having lies above nothing."""
-    copy = verdict_rate(lambda random, words, more: words + random.normal(0, 0.5, len(words)), 80)
-    noise = verdict_rate(lambda random, words, more: random.normal(size=len(words)), 80)
+    """60 draws of each; both add nothing, and the smallest gain worth having lies above nothing."""
+    copy = verdict_rate(lambda random, words, more: words + random.normal(0, 0.5, len(words)), 60)
+    noise = verdict_rate(lambda random, words, more: random.normal(size=len(words)), 60)
     assert copy["validated"] <= 0.01 and noise["validated"] <= 0.01
-    assert noise["refused"] > 0.5  # and 100 conversations mostly suffice to say so
+    assert noise["refused"] < 0.2  # 100 conversations do not suffice to say so
 
 
 def test_signal_is_validated_and_its_copy_refused(big):
@@ -59,6 +59,7 @@ def test_signal_is_validated_and_its_copy_refused(big):
     assert pairwise_accuracy(copy, *pairs).mean() > 0.6  # an order that looks as good as any
     assert gate(table, copy, words)["verdict"] == "refused"
     assert gate(table, words + 0.5 * more, words)["verdict"] == "validated"
+    assert gate(table, random.normal(size=len(words)), words)["verdict"] == "refused"
 
 
 def test_on_the_line_the_level_is_kept():
@@ -70,7 +71,8 @@ def test_on_the_line_the_level_is_kept():
         found.append(gate(table, 0.25 * more + random.normal(size=len(words)), words))
     worth = np.mean([each["gain"] for each in found])
     assert worth > 0.003
-    assert sum(each["ci_low"] > worth for each in found) <= 6 and sum(each["ci_high"] < worth for each in found) <= 6
+    assert sum(each["ci_low"] > worth for each in found) <= 5
+    assert sum(each["ci_high"] < worth for each in found) <= 5  # by the bootstrap alone: 10
 
 
 def test_thirty_one_pairs_of_six_conversations_are_too_little(big):
@@ -120,7 +122,8 @@ def brute_force(base, score, pairs, posts, fold):
                 margin = (table[higher, :columns] - table[lower, :columns]) @ beta
                 total += np.log1p(np.exp(-margin)) / sum(other == post for _, _, other in train)
             return total
-        return minimize(loss, np.zeros(columns), bounds=bounds, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-9}).x
+        return minimize(loss, np.zeros(columns), bounds=bounds, method="L-BFGS-B",
+                        options={"ftol": 1e-15, "gtol": 1e-9}).x
 
     for number in range(max(fold.values()) + 1):
         train = [(h, lo, posts[h]) for h, lo in zip(*pairs, strict=True) if fold[posts[h]] != number]
@@ -160,7 +163,8 @@ def test_interval_and_gain_are_means_over_posts(big):
     by_post = np.array([gains[posts[pairs[0]] == post].mean() for post in dict.fromkeys(posts[pairs[0]])])
     assert found["gain"] == pytest.approx(by_post.mean(), abs=1e-12)
     half = 1.96 * by_post.std(ddof=1) / np.sqrt(len(by_post))
-    assert found["ci_high"] - found["ci_low"] == pytest.approx(2 * half, rel=0.1)
+    assert found["gain"] - found["ci_low"] == pytest.approx(half, rel=0.1)
+    assert found["ci_high"] - found["gain"] == pytest.approx(half, rel=0.25)
     assert found["n_conversations"] == len(by_post) and found["n_clear_pairs"] == len(gains)
 
 
@@ -179,7 +183,7 @@ def test_the_rival_is_tuned():
 
 def test_bad_scores_and_old_files_are_refused(big, tmp_path):
     table, words, more = big
-    with pytest.raises(ValueError, match="1 of 3600 scores are NaN"):
+    with pytest.raises(ValueError, match="1 of 15000 scores are NaN"):
         gate(table, np.where(np.arange(len(more)) == 5, np.nan, more), words)
     (tmp_path / "reward_model").mkdir()
     (tmp_path / "reward_model" / "validation.json").write_text(json.dumps({"verdict": {"validated": True}}))

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'VERDICTS', 'MIN_CONVERSATIONS', 'MIN_CLEAR_PAIRS', 'post_weights', 'tuned_tfidf', 'normal_scores',
-           'pair_gains', 'gate', 'verdicts_of', 'read_verdicts']
+           'pair_gains', 'possible_gain', 'gate', 'unseen_replies', 'gate_model', 'verdicts_of', 'read_verdicts',
+           'recorded_verdicts']
 
 # %% ../../nbs/rewards/12_gate.ipynb #c002
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import log_expit
+from scipy.special import expit, log_expit
 from scipy.stats import norm, rankdata
 
 from ..base.core import child_seed, read_json
@@ -40,6 +41,7 @@ def tuned_tfidf(train: pd.DataFrame, replies: Sequence[str], seed: int = 0) -> n
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegressionCV
     from sklearn.model_selection import GroupKFold
+    from sklearn.pipeline import make_union
 
     posts = train["conversation_id"].to_numpy()
     higher, lower = clear_pairs(posts, train["reply_likes"])
@@ -49,14 +51,17 @@ def tuned_tfidf(train: pd.DataFrame, replies: Sequence[str], seed: int = 0) -> n
     groups = posts[higher]
     if len(set(groups)) < 5:
         return np.zeros(len(replies))
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=None, tokenizer=cut_words)
+    words = make_union(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=None, tokenizer=cut_words),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), sublinear_tf=True, min_df=3))
     table = words.fit_transform(train["reply"])
     difference = table[higher] - table[lower]
     # Every pair both ways round: the model has no intercept, and each fold holds both classes.
     twice, won = sparse.vstack([difference, -difference]).tocsr(), np.repeat([True, False], len(groups))
     groups, weight = np.tile(groups, 2), np.tile(post_weights(groups), 2)
     model = LogisticRegressionCV(
-        Cs=STRENGTHS, fit_intercept=False, scoring="neg_log_loss", solver="liblinear", tol=1e-3,
+        Cs=STRENGTHS, l1_ratios=(0,), use_legacy_attributes=False, fit_intercept=False, scoring="neg_log_loss",
+        solver="liblinear", tol=1e-3,
         random_state=seed % 2**32, cv=list(GroupKFold(5).split(twice, won, groups)))
     model.fit(twice, won, sample_weight=weight / weight.mean())
     return words.transform(list(replies)) @ model.coef_[0]
@@ -104,6 +109,25 @@ def pair_gains(base: np.ndarray, score: np.ndarray, pairs: tuple[np.ndarray, np.
     return gains
 
 # %% ../../nbs/rewards/12_gate.ipynb #c011
+def possible_gain(base: np.ndarray, score: np.ndarray, pairs: tuple[np.ndarray, np.ndarray],
+                  conversations: Sequence) -> float:
+    """What `score` could gain, nats a pair: half its Fisher information times the square of its coefficient's upper 95%
+    limit (clustered by conversation); 0 where that is negative. Arguments as for `pair_gains`."""
+    (higher, lower), table = pairs, np.column_stack([base, score])
+    difference, posts = table[higher] - table[lower], np.asarray(conversations)[higher]
+    if np.linalg.matrix_rank(difference) == np.linalg.matrix_rank(difference[:, :-1]):
+        return 0.0  # it says nothing but what the base says
+    weight = post_weights(posts)
+    coefficients = _pair_coefficients(difference, weight)
+    lost = expit(-difference @ coefficients)
+    # The sandwich by hand: statsmodels' GLM has no clustered covariance for weighted rows.
+    inverse = np.linalg.pinv((difference * (weight * lost * (1 - lost))[:, None]).T @ difference)
+    slopes = pd.DataFrame(difference * (weight * lost)[:, None]).groupby(pd.factorize(posts)[0]).sum().to_numpy()
+    deviation = np.sqrt((inverse @ slopes.T @ slopes @ inverse)[-1, -1])
+    upper = max(coefficients[-1] + norm.ppf(0.975) * deviation, 0)
+    return float(0.5 * upper**2 / inverse[-1, -1] / weight.sum())
+
+# %% ../../nbs/rewards/12_gate.ipynb #c012b
 VERDICTS = ("validated", "refused", "too little to tell")
 MIN_CONVERSATIONS, MIN_CLEAR_PAIRS = 30, 100
 
@@ -128,10 +152,13 @@ def gate(pairs: pd.DataFrame, score: Sequence[float], tfidf: Sequence[float], sm
     gain = low = high = float("nan")
     enough = n_conversations >= MIN_CONVERSATIONS and n_pairs >= MIN_CLEAR_PAIRS
     if enough:
-        gains = pair_gains(np.column_stack([length, length**2, words]), own, (higher, lower), posts, seed)
+        base = np.column_stack([length, length**2, words])
+        gains = pair_gains(base, own, (higher, lower), posts, seed)
+        possible = possible_gain(base, own, (higher, lower), posts)
         by_post = pd.Series(gains).groupby(posts[higher]).mean()
         gain, low, high = cluster_bootstrap(by_post.to_numpy(), by_post.index.to_numpy(),
                                             seed=child_seed(seed, "gate interval"))
+        high = max(high, possible)
     found = _verdict(low, high, smallest_gain)
     figures = (f"adds {gain:+.4f} [{low:+.4f}, {high:+.4f}] nats a pair to length and tuned TF-IDF, {smallest_gain:g} "
                "is worth having, " if enough else
@@ -140,6 +167,29 @@ def gate(pairs: pd.DataFrame, score: Sequence[float], tfidf: Sequence[float], sm
     return {"verdict": found, "validated": found == VERDICTS[0], "text": text, "gain": gain, "ci_low": low,
             "ci_high": high, "smallest_gain": smallest_gain, "n_conversations": n_conversations,
             "n_clear_pairs": n_pairs}
+
+# %% ../../nbs/rewards/12_gate.ipynb #c014a
+_MOST_REPLIES = 12_000
+
+
+def unseen_replies(pairs: pd.DataFrame, own_split: str, seed: int = 0) -> pd.DataFrame:
+    """Rows of `pairs` that are in a clear pair of a conversation outside `own_split` and `test`; whole conversations
+    are drawn where these are more than 12,000."""
+    outside = pairs[~pairs["split"].isin([own_split, "test"])]
+    rows = np.unique(np.concatenate(clear_pairs(outside["conversation_id"].to_numpy(), outside["reply_likes"])))
+    told = outside.iloc[rows]
+    sizes = told.groupby("conversation_id").size().sample(frac=1, random_state=child_seed(seed, "gate") % 2**32)
+    return told[told["conversation_id"].isin(sizes.index[sizes.cumsum() <= _MOST_REPLIES])]
+
+
+def gate_model(name: str, logits: Callable[[list[str], list[str]], np.ndarray], pairs: pd.DataFrame,
+               smallest_gain: float, seed: int = 0) -> dict:
+    """`gate` of the model `name` ("reward", trained on that split, or a judge, trained on the split `judge`), whose
+    `logits(posts, replies)` gives (n,) scores; pairs: all rows with their column split."""
+    own_split = "reward" if name == "reward" else "judge"
+    rows = unseen_replies(pairs, own_split, seed)
+    words = tuned_tfidf(pairs[pairs["split"] == own_split], rows["reply"].tolist(), seed)
+    return gate(rows, logits(rows["tweet"].tolist(), rows["reply"].tolist()), words, smallest_gain, seed)
 
 # %% ../../nbs/rewards/12_gate.ipynb #c015
 def verdicts_of(validation: Mapping, where: Path | str) -> dict[str, dict]:
@@ -156,3 +206,8 @@ def read_verdicts(run_dir: Path) -> dict[str, dict]:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; run the stage reward_model first")
     return verdicts_of(read_json(path), path)
+
+
+def recorded_verdicts(verdicts: Mapping[str, Mapping]) -> dict[str, str]:
+    """What a manifest holds of `verdicts`: reward_verdict, judge_verdict and their like."""
+    return {f"{name}_verdict": found["verdict"] for name, found in verdicts.items()}

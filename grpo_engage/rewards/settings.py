@@ -60,6 +60,8 @@ class RewardModelSettings(Settings):
                                   high=100)
     epochs: int = setting(8, "passes over the training posts, at most; the held-out posts decide when to stop", low=1,
                           high=1000)
+    smallest_gain: float = setting(0.002, "held-out log-likelihood, nats a pair, that a score must add to length and "
+                                   "TF-IDF", low=0, high=1)
     seed: int = setting(0, "seed of both models and of the intervals", low=0, high=4294967295)
 
     def model_options(self) -> dict[str, object]:
