@@ -46,8 +46,8 @@ class RewardModelSettings(Settings):
     retweet_weight: float = setting(1.0, "likes that one retweet counts for in the label", low=0, high=100)
     reference_quantile: float = setting(0.5, "a reference reply is at or above this quantile of its post's residuals",
                                         low=0, high=1)
-    reward_backbone: str = setting("hashing", "how the reward reads texts: " + ", ".join(REWARD_BACKBONES)
-                                   + ", sentence:ID or causal:ID (a folder or a Hub id)")
+    reward_backbone: str = setting("hashing", ", ".join(REWARD_BACKBONES)
+                                   + ", sentence:ID or causal:ID")
     judge_backbone: str = setting("minilm", "how the judge reads them, not as the reward does", choices=JUDGE_BACKBONES)
     validate_on: str = setting("validation", "the split that is scored; test once, when every choice is made",
                                choices=("validation", "test"))
