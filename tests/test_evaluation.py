@@ -127,6 +127,9 @@ def run_dir(tmp_path, monkeypatch):
     (tmp_path / "evaluation").mkdir()
     pd.DataFrame(pairs).to_parquet(tmp_path / "data" / "pairs.parquet")
     pd.DataFrame(made).to_parquet(tmp_path / "evaluation" / "generations.parquet")
+    (tmp_path / "reward_model").mkdir()
+    (tmp_path / "reward_model" / "validation.json").write_text(json.dumps({"verdicts": {
+        name: {"verdict": "validated", "validated": True, "text": "validated"} for name in ("reward", "judge")}}))
     judge = (quality, scoring.beat_fraction)
     monkeypatch.setattr(evaluation, "draw_figures", lambda *_: None)  # slow; test_scoring_again draws them
     monkeypatch.setattr(evaluation, "engagement_scorers", lambda *_: ("model", {"judge": judge, "reward": judge}))

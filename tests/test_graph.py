@@ -46,7 +46,7 @@ def execute_notebook(notebook, executed, parameters, **_):
             path = path / "model.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         said = {key: parameters[key] for key in TELLS.get(stage, [])}
-        text = json.dumps({"verdict": {}, "text": "trained", "job": job} | said)
+        text = json.dumps({"verdicts": {}, "text": "trained", "job": job} | said)
         path.write_text(text if path.suffix != ".csv" else f"arm,metric,value\n,{text.replace(',', ';')},0\n")
     folder = stage_folder(run_dir, *job)
     for name in ("checkpoints", "figures", "tables"):

@@ -82,7 +82,8 @@ VALIDATION = {
     "reward_model": {
         "n_pairs": {"all": 120, "clear": 90, "similar_length": 40, "residual": 100},
         "agreement": {"spearman_within_posts": INTERVAL},
-        "verdict": {"validated": True, "text": "accuracy 0.64 & more: validated"},
+        "verdicts": {name: {"verdict": "validated", "validated": True, "text": f"validated: {name} & more",
+                            "gain": 0.005, "ci_low": 0.004, "ci_high": 0.006} for name in ("reward", "judge")},
         "accuracy": {name: {kind: INTERVAL for kind in ("all", "clear", "similar_length", "residual")}
                      for name in ("reward", "judge", "heuristic", "length", "tfidf_ridge", "metadata")}},
 }
@@ -350,3 +351,21 @@ def test_an_override_of_the_gate_marks_every_table_and_the_text(tmp_path):
     built = stage(run_dir)
     assert len(tables) == 6 and all(path.read_text().count("Reward not validated") == 1 for path in tables)
     assert "did not pass its validation" in read_macros(run_dir)["RewardStatement"] and built["engine"] == "typst"
+
+
+def test_a_judge_that_decides_and_did_not_pass_marks_every_table_and_the_text(tmp_path):
+    run_dir = make_run(tmp_path / "real", source="other")
+    path = run_dir / "reward_model" / "validation.json"
+    found = read_json(path)
+    found["verdicts"]["judge"] |= {"verdict": "too little to tell", "validated": False, "text": "too little: 31 pairs"}
+    write_json(path, found)
+    stage(run_dir)
+    tables = sorted((run_dir / "paper" / "tables").glob("*.tex"))
+    assert all(table.read_text().count("Judge not validated: too little to tell") == 1 for table in tables)
+    macros = read_macros(run_dir)
+    said = macros["RewardStatement"]
+    assert "The judge that decides did not pass" in said and "31 pairs" in said
+    assert (macros["VerdictJudge"], macros["VerdictReward"]) == ("too little to tell", "validated")
+    write_json(path, {name: value for name, value in found.items() if name != "verdicts"})
+    with pytest.raises(ValueError, match="run the stage reward_model again"):
+        stage(run_dir)

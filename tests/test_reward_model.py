@@ -40,7 +40,7 @@ from grpo_engage.rewards.validation import (
     all_pairs,
     by_ratio,
     control_accuracy,
-    verdict,
+    validate_scores,
     within_post_spearman,
 )
 from grpo_engage.stats.intervals import cluster_bootstrap, seed_interval
@@ -383,6 +383,10 @@ def test_the_stage_writes_what_later_stages_read(finished_run):
     assert validation["split"] == "validation" and validation["n_replies"] == (pairs.split == "validation").sum()
     manifest = read_json(folder / "manifest.json")
     assert manifest["status"] == "completed"
+    verdicts = validation["verdicts"]
+    assert set(verdicts) == {"reward", "judge"} and validation["verdict"] == verdicts["reward"]
+    assert (manifest["reward_verdict"], manifest["judge_verdict"]) == tuple(
+        verdicts[name]["verdict"] for name in ("reward", "judge"))
     assert sum(manifest["counts"]["references"].values()) == labels.reference.sum()
     assert (folder / "figures" / "reward_validation.pdf").exists()
     assert EngagementRewardModel.load(folder / "judge").backbone.name == "minilm"
@@ -564,28 +568,20 @@ def test_twins_see_labels_of_their_own_posts_only(trained):
         shuffled_label_twins(trained, pairs, frozen, n=1)
 
 
-@pytest.mark.parametrize(("low", "length", "tfidf", "expected"), [
-    (0.61, 0.57, 0.60, True), (0.60, 0.57, 0.60, False), (0.61, 0.62, 0.5, False), (float("nan"), 0.5, 0.5, False)])
-def test_verdict(low, length, tfidf, expected):
-    clear = {"estimate": 0.65, "ci_low": low, "ci_high": 0.7, "n": 100}
-    found = verdict({"accuracy": {"reward": {"clear": clear}, "length": {"clear": {"estimate": length}},
-                                  "tfidf_ridge": {"clear": {"estimate": tfidf}}}})
-    assert found["validated"] is expected and f"{length:.3f}" in found["text"]
-
-
 def test_an_arm_refuses_an_unvalidated_reward(finished_run):
     path = finished_run / "reward_model" / "validation.json"
     whole = read_json(path)
-    bad = whole | {"verdict": whole["verdict"] | {"validated": False, "text": "accuracy 0.512 [0.400, 0.600]"}}
+    refused = {"verdict": "refused", "validated": False, "text": "refused: adds +0.0003 [-0.0001, +0.0007]"}
+    bad = whole | {"verdicts": whole["verdicts"] | {"reward": refused}}
     try:
         write_json(path, bad)
         for kind in ("combined", "learned"):
-            with pytest.raises(UnvalidatedReward, match=r"0\.512.*allow_unvalidated_reward=true"):
+            with pytest.raises(UnvalidatedReward, match=r"refused: adds \+0\.0003.*allow_unvalidated_reward=true"):
                 training_reward(finished_run, reward=kind, reward_weight_learned=0.6)
         reward, _, validated = training_reward(finished_run, reward_weight_learned=0.6, allow_unvalidated_reward=True)
         assert validated is False and reward(["a post"], ["a reply"]).shape == (1,)
         assert training_reward(finished_run, reward="heuristic")[2] is None
-        write_json(path, bad | {"verdict": bad["verdict"] | {"validated": True}})
+        write_json(path, bad | {"verdicts": {"reward": refused | {"verdict": "validated", "validated": True}}})
         assert training_reward(finished_run, reward_weight_learned=0.6)[2] is True
     finally:
         write_json(path, whole)
@@ -609,6 +605,29 @@ def test_accuracy_by_ratio_against_a_loop():
             assert row["estimate"] == pytest.approx(np.mean(right))
 
 
+def test_accuracy_where_the_later_reply_won_and_by_event_against_a_loop():
+    table = simulate_pairs(60, 2)
+    table["meta"] = [f'{{"event": "{"🌊 flood" if int(code) % 2 else "siege"}"}}'
+                     for code in pd.factorize(table.conversation_id)[0]]
+    table.loc[::7, "reply_time_diff_seconds"] = None
+    scores = np.random.default_rng(0).normal(size=len(table))
+    table["residual"] = scores
+    found = validate_scores(table, {"reward": scores, "judge": -scores})
+    likes, delay = (table[name].to_numpy(float, na_value=np.nan) for name in ("reply_likes", "reply_time_diff_seconds"))
+    later, event = [], {"🌊 flood": [], "siege": []}
+    for i, j in itertools.permutations(range(len(table)), 2):
+        if table.conversation_id.iat[i] == table.conversation_id.iat[j] and likes[i] >= 2 * max(likes[j], 1) + 1:
+            right = scores[i] > scores[j]
+            later += [right] if delay[i] > delay[j] else []
+            event[json.loads(table.meta.iat[i])["event"]].append(right)
+    assert found["n_pairs"]["later"] == len(later) > 20
+    assert found["accuracy"]["reward"]["later"]["estimate"] == pytest.approx(np.mean(later))
+    assert [(row["event"], row["n"]) for row in found["by_event"]] == [
+        (name, len(event[name])) for name in ("siege", "🌊 flood")]
+    assert [row["estimate"] for row in found["by_event"]] == pytest.approx(
+        [np.mean(event[name]) for name in ("siege", "🌊 flood")])
+
+
 def test_null_followers_and_foreign_posts_go_through_the_stage(finished_run, tmp_path):
     pairs = pd.read_parquet(finished_run / "data" / "pairs.parquet")
     pairs["reply_author_followers"] = pd.Series([None] * len(pairs), dtype=pairs.reply_author_followers.dtype)
@@ -621,7 +640,8 @@ def test_null_followers_and_foreign_posts_go_through_the_stage(finished_run, tmp
         (finished_run / "heuristic_reward" / "scores.parquet").read_bytes())
     found = reward_model_stage(tmp_path, epochs=2, members=1)
     assert any("log_followers" in note for note in found["deconfounding"]["notes"])
-    assert not found["verdict"]["validated"] and 0 <= found["accuracy"]["reward"]["clear"]["estimate"] <= 1
+    assert found["verdict"]["verdict"] == "too little to tell"
+    assert 0 <= found["accuracy"]["reward"]["clear"]["estimate"] <= 1
 
 
 def test_same_backbone_for_both_is_refused(finished_run):

@@ -214,7 +214,8 @@ def scored_run(tmp_path_factory):
     model = EngagementRewardModel("hashing", members=2, hidden_size=8, epochs=1)
     model.fit(pairs, pd.DataFrame(labels, index=pairs.index), 1)
     model.save(run_dir / "reward_model" / "reward")
-    write_json(run_dir / "reward_model" / "validation.json", {"verdict": {"validated": True, "text": "fine"}})
+    write_json(run_dir / "reward_model" / "validation.json",
+               {"verdicts": {"reward": {"validated": True, "text": "fine"}}})
     return run_dir, pairs
 
 

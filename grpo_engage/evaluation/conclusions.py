@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'TIERS', 'GUARDED', 'PROJECTED', 'MANUAL', 'value_matrix', 'compare_arms', 'with_inspection', 'decide',
-           'beside_projection', 'recommend']
+           'beside_projection', 'mark_judge', 'recommend']
 
 # %% ../../nbs/evaluation/04_conclusions.ipynb #c002
 import math
@@ -159,8 +159,16 @@ _TRY = {"pass@10": "raise the weight of the reward, or train with advantage max_
         "training": "finish the missing seeds", "manual": "read the replies that failed", "no": "see the metrics named"}
 
 
+def mark_judge(decision: pd.DataFrame, verdict: str) -> pd.DataFrame:
+    """`decision` with a column judge: the gate's verdict on the judge that decides, or "gold" where the truth does."""
+    return decision.assign(judge=pd.Series(verdict, decision.index, dtype=str))
+
+
 def recommend(decision: pd.DataFrame) -> str:
-    """Proceed (an arm meets the whole minimum), stop (each arm fails part of it for certain) or iterate, and why."""
+    """Proceed (an arm meets the whole minimum), stop (each arm fails part of it for certain) or iterate, and why.
+
+    Where a column judge (see `mark_judge`) says that the judge is not validated, nothing can be decided: iterate.
+    """
     if decision.empty:
         return "Iterate: no arm was compared with the baseline."
     lines, verdicts = [], []
@@ -181,4 +189,9 @@ def recommend(decision: pd.DataFrame) -> str:
         if unshared:
             lines.append(f"  Not every judge shares its difference from the baseline: {', '.join(unshared)}.")
     verdict = "Proceed" if "proceed" in verdicts else "Iterate" if "iterate" in verdicts else "Stop"
+    judges = set(decision["judge"]) if "judge" in decision else set()
+    doubted = sorted(judges - {"gold", "validated"})
+    if doubted:
+        verdict = "Iterate"
+        lines.append(f"The judge that decides did not pass its gate ({doubted[0]}): no level counts as reached.")
     return "\n".join([f"{verdict}.", *lines])

@@ -17,7 +17,7 @@ from ..base.core import child_seed, read_json, say, stage_manifest, write_csv, w
 from ..base.plots import savefig, style
 from ..data.truth import gold_of
 from .arm_files import arm_file_name, file_replies
-from .conclusions import beside_projection, compare_arms, decide, recommend
+from .conclusions import beside_projection, compare_arms, decide, mark_judge, recommend
 from .generation import COLUMNS, Job, generate_part, plan_jobs
 from .ladder import ladder_rungs, rung_scorers, write_ladder
 from .pictures import draw_figures
@@ -29,6 +29,8 @@ from grpo_engage.evaluation.scoring import (
     compare_with_baseline,
     engagement_scorers,
     frozen_mark,
+    gate_notes,
+    judge_verdict,
     pass_curves,
     rung_column,
     score_replies,
@@ -37,6 +39,7 @@ from grpo_engage.evaluation.scoring import (
 )
 from .settings import RIVALS, EvaluationSettings, Scoring
 from .training_path import plot_training_path, training_path
+from ..rewards.gate import read_verdicts, recorded_verdicts
 from ..rewards.heuristic import language_notes
 from ..text.embedding import embed
 from ..text.metrics import words
@@ -161,7 +164,8 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     robustness = robustness_table(test, frozen, n_boot, seed)
     write_csv(folder / "robustness.csv", robustness)
     of_arms = by_post[~by_post["arm"].isin(rivals)]  # criteria are for what was trained
-    decision = mark_unshared(decide(of_arms), robustness)
+    doubts = gate_notes(run_dir, judge_name, trained)
+    decision = mark_judge(mark_unshared(decide(of_arms), robustness), judge_verdict(run_dir, judge_name))
     write_csv(folder / "decision.csv", decision)
     write_csv(folder / "projected.csv", beside_projection(of_arms))
     (folder / "recommendation.txt").write_text(recommend(decision) + "\n", encoding="utf-8")
@@ -170,7 +174,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     write_ladder(folder, ladder, ladder_rungs(judge_name, second_name, list(rungs), truth is not None), n_boot, seed)
     write_csv(folder / "curves.csv", pass_curves(test, n_boot, seed))
     generated = folder / "generation.json"
-    notes = frozen["warnings"] + moved + (read_json(generated)["notes"] if generated.exists() else []) + notes
+    notes = doubts + frozen["warnings"] + moved + (read_json(generated)["notes"] if generated.exists() else []) + notes
     notes += [f"{row.arm} against baseline, {row.metric}: {row.conclusion} by {row.view} ({row.scorer}), unlike by the "
               "main judge" for row in robustness[~robustness["agrees"] & ~robustness["arm"].isin(rivals)].itertuples()]
     write_csv(folder / "notes.csv", pd.DataFrame({"note": notes}, dtype=str))
@@ -215,4 +219,5 @@ def evaluation_stage(run_dir: Path, settings: EvaluationSettings | None = None, 
         shutil.rmtree(folder / "parts")
         manifest["counts"] = {"replies": len(made), **{f"{s}_posts": len(p) for s, p in posts.items()}}
         manifest["warnings"] = pd.read_csv(folder / "notes.csv")["note"].tolist()
+        manifest |= recorded_verdicts(read_verdicts(run_dir))
     return table

@@ -19,6 +19,7 @@ from ..data.truth import gold_of
 from grpo_engage.paper.exhibits import (
     comparisons_table,
     data_table,
+    gate_marks,
     margins_figure,
     mark_unvalidated,
     metric_label,
@@ -45,6 +46,7 @@ from grpo_engage.paper.results import (
     training_cost,
 )
 from .settings import PaperSettings
+from ..rewards.gate import verdicts_of
 
 # %% ../../nbs/09_paper.ipynb #c006
 SEEDS_FOR_A_CLAIM = 3
@@ -164,16 +166,24 @@ def reward_macros(run: Run) -> dict[str, str]:
               for name, kinds in run.learned["accuracy"].items() for kind, found in kinds.items()}
     agreement = run.learned["agreement"]["spearman_within_posts"]
     counts = run.manifests["heuristic_reward"]["counts"]
+    for name, found in verdicts_of(run.learned, run.name).items():
+        macros |= {macro_name("verdict", name): found["verdict"],
+                   macro_name("gain", name): with_interval(*(found[key] for key in ("gain", "ci_low", "ci_high")), 4)}
     return macros | {
         "AgreementWithinPosts": with_interval(*(agreement[key] for key in ("estimate", "ci_low", "ci_high"))),
         "NumExploits": number(counts["exploits"], 0), "NumExploitsRefused": number(counts["exploits_refused"], 0)}
 
 
 def reward_statement(run: Run) -> str:
-    """The verdict on the learned reward, and a warning where an arm was trained on it against that verdict."""
+    """The verdicts on learned reward and judge, and a warning where an arm was trained against the former or where the
+    judge that decides did not pass."""
+    verdicts = verdicts_of(run.learned, run.name)
     warning = (r"\textbf{The learned reward did not pass its validation, and an override allowed training on it: "
                "nothing about arms trained on it is evidence.} ") if unvalidated(run) else ""
-    return f"{warning}Its verdict: {escape_latex(run.learned['verdict']['text'])}."
+    if run.pass_rule["judge"] == "model" and not verdicts["judge"]["validated"]:
+        warning += r"\textbf{The judge that decides did not pass its gate: no difference by it is evidence.} "
+    return (f"{warning}The gate says of the reward: {escape_latex(verdicts['reward']['text'])}; of the judge: "
+            f"{escape_latex(verdicts['judge']['text'])}.")
 
 
 def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dict[str, str]:
@@ -242,8 +252,8 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
                   "comparisons": comparisons_table(run),
                   "data": data_table(run), "rewards": rewards_table(run),
                   "provenance": provenance_table(run, given.preset)}  # fmt: skip
-        if unvalidated(run):
-            tables = {name: mark_unvalidated(text) for name, text in tables.items()}
+        for mark in gate_marks(run):
+            tables = {name: mark_unvalidated(text, mark) for name, text in tables.items()}
         (folder / "tables").mkdir()
         for name, text in tables.items():
             (folder / "tables" / f"{name}.tex").write_text(text, encoding="utf-8")

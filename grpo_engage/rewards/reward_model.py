@@ -20,6 +20,7 @@ from ..data.truth import gold_of
 from .circumstances import choose_references, deconfound
 from .context_model import ContextModel, drawn_ceiling, naive_regression
 from .engagement_model import EngagementRewardModel, shuffled_label_twins
+from .gate import gate_model, recorded_verdicts
 from .heuristic import HeuristicReward, guard_flags, language_notes
 from .overoptimisation import misjudged
 from .settings import RewardModelSettings
@@ -30,7 +31,6 @@ from grpo_engage.rewards.validation import (
     tfidf_ridge,
     validate_scores,
     validation_figure,
-    verdict,
 )
 from ..text.reply_text import count_pairs
 
@@ -132,7 +132,7 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
     """Train reward (split `reward`) and judge (split `judge`); returns what validation.json holds.
 
     settings: see `RewardModelSettings`. Writes run_dir/reward_model/: labels.parquet, reward/, judge/,
-    validation.json (with the verdict that an arm reads), misjudged.csv, exploits.csv (see
+    validation.json (with the gate's verdicts on both), misjudged.csv, exploits.csv (see
     `unseen_exploit_table`), figures/reward_validation.*. Raises:
     FileNotFoundError without the data and heuristic_reward stages, ValueError where a split has too few comparable
     replies or both models have the same backbone.
@@ -185,7 +185,9 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
         twins = shuffled_label_twins(reward, pairs[train], labels[train], seed=seed)
         validation["controls"] = control_accuracy(held, reward, [twin.logits_of(features["reward"]) for twin in twins],
                                                     seed)
-        validation["verdict"] = verdict(validation)
+        validation["verdicts"] = {name: gate_model(name, model.logits, pairs, given.smallest_gain, seed)
+                                  for name, model in models.items()}
+        validation["verdict"] = validation["verdicts"]["reward"]
         write_json(folder / "validation.json", validation)
         write_csv(folder / "exploits.csv", unseen_exploit_table(
             {"learned": reward.logits, "combined": CombinedReward(reward), "judge": models["judge"].logits}, held,
@@ -195,5 +197,7 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
         references = labels["reference"].groupby(pairs["split"]).sum()
         manifest["counts"] = {"replies": len(pairs), "references": references.to_dict(),
                               "unknown_engagement": int((~known).sum())}
-        say(f"reward: {validation['verdict']['text']}")
+        manifest |= recorded_verdicts(validation["verdicts"])
+        for name, found in validation["verdicts"].items():
+            say(f"{name}: {found['text']}")
     return validation

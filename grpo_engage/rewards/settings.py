@@ -46,8 +46,8 @@ class RewardModelSettings(Settings):
     retweet_weight: float = setting(1.0, "likes that one retweet counts for in the label", low=0, high=100)
     reference_quantile: float = setting(0.5, "a reference reply is at or above this quantile of its post's residuals",
                                         low=0, high=1)
-    reward_backbone: str = setting("hashing", "how the reward reads texts: " + ", ".join(REWARD_BACKBONES)
-                                   + ", sentence:ID or causal:ID (a folder or a Hub id)")
+    reward_backbone: str = setting("hashing", ", ".join(REWARD_BACKBONES)
+                                   + ", sentence:ID or causal:ID")
     judge_backbone: str = setting("minilm", "how the judge reads them, not as the reward does", choices=JUDGE_BACKBONES)
     validate_on: str = setting("validation", "the split that is scored; test once, when every choice is made",
                                choices=("validation", "test"))
@@ -60,6 +60,8 @@ class RewardModelSettings(Settings):
                                   high=100)
     epochs: int = setting(8, "passes over the training posts, at most; the held-out posts decide when to stop", low=1,
                           high=1000)
+    smallest_gain: float = setting(0.002, "held-out log-likelihood, nats a pair, that a score must add to length and "
+                                   "TF-IDF", low=0, high=1)
     seed: int = setting(0, "seed of both models and of the intervals", low=0, high=4294967295)
 
     def model_options(self) -> dict[str, object]:

@@ -9,8 +9,9 @@ __all__ = ['UnvalidatedReward', 'validated', 'training_reward']
 from collections.abc import Callable
 from pathlib import Path
 
-from ..base.core import file_sha256, read_json
+from ..base.core import file_sha256
 from .engagement_model import EngagementRewardModel
+from .gate import read_verdicts
 from .heuristic import HeuristicReward
 from .reward_model import CombinedReward
 from .settings import RewardChoice
@@ -21,11 +22,11 @@ class UnvalidatedReward(ValueError):
 
 
 def validated(models: Path, allow_unvalidated_reward: bool) -> bool:
-    """Whether the learned reward in the folder `models` passed its validation. Raises: UnvalidatedReward if it did not
-    and `allow_unvalidated_reward` is false."""
-    verdict = read_json(Path(models) / "validation.json")["verdict"]
+    """Whether the learned reward in the folder `models` passed the gate. Raises: UnvalidatedReward if it did not and
+    `allow_unvalidated_reward` is false; ValueError for models of an older version."""
+    verdict = read_verdicts(Path(models).parent)["reward"]
     if not (verdict["validated"] or allow_unvalidated_reward):
-        raise UnvalidatedReward(f"the learned reward is not validated: {verdict['text']}. Train it on more "
+        raise UnvalidatedReward(f"the learned reward did not pass its gate, {verdict['text']}. Train it on more "
                                 "conversations, take reward=heuristic, or override with "
                                 "allow_unvalidated_reward=true, which marks every table of the run")
     return verdict["validated"]

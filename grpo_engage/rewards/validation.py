@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RATIOS', 'all_pairs', 'accuracy', 'within_post_spearman', 'overall_spearman', 'tfidf_ridge', 'similar_length',
-           'by_ratio', 'control_accuracy', 'verdict', 'validate_scores', 'validation_figure']
+           'by_ratio', 'by_event', 'control_accuracy', 'validate_scores', 'validation_figure']
 
 # %% ../../nbs/rewards/07_validation.ipynb #c002
+import json
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -107,6 +108,18 @@ def by_ratio(scores: np.ndarray, pairs: pd.DataFrame, seed: int) -> list[dict]:
     return rows
 
 # %% ../../nbs/rewards/07_validation.ipynb #c019
+def by_event(scores: np.ndarray, pairs: pd.DataFrame, higher: np.ndarray, lower: np.ndarray, seed: int) -> list[dict]:
+    """Accuracy of `scores` on the pairs (higher, lower) of each event, as named in the column meta (JSON text or
+    mappings); empty where none is named."""
+    entries = [json.loads(entry) if isinstance(entry, str) and entry else entry
+               for entry in (pairs["meta"] if "meta" in pairs else [])]
+    events = np.array([str(entry["event"]) if isinstance(entry, dict) and entry.get("event") else ""
+                       for entry in entries] or [""] * len(pairs))
+    posts = pairs["conversation_id"].to_numpy()
+    return [{"event": event} | accuracy(scores, higher[own], lower[own], posts, seed)
+            for event in sorted(set(events) - {""}) for own in [events[higher] == event]]
+
+
 def control_accuracy(pairs: pd.DataFrame, model, twins: Sequence[np.ndarray], seed: int) -> dict:
     """{shuffled_text, shuffled_labels}: accuracy on clear pairs, each estimate, ci_low, ci_high, n.
 
@@ -125,32 +138,17 @@ def control_accuracy(pairs: pd.DataFrame, model, twins: Sequence[np.ndarray], se
                    "ci_high": mean + float(np.hypot(high - mean, spread))}
     return {"shuffled_text": text, "shuffled_labels": labels}
 
-
-def verdict(validation: Mapping) -> dict:
-    """Whether the learned reward may train a policy: {validated, text, and the figures that decide}.
-
-    Validated when the lower bound of its accuracy on clear validation pairs exceeds the accuracy of length alone and
-    that of the TF-IDF ridge. NaN (too few pairs to tell) is not validated.
-    """
-    found = {name: validation["accuracy"][name]["clear"] for name in ("reward", "length", "tfidf_ridge")}
-    own, rivals = found["reward"], {name: found[name]["estimate"] for name in ("length", "tfidf_ridge")}
-    validated = bool(own["ci_low"] > max(rivals.values()))  # False for NaN
-    text = (f"accuracy {own['estimate']:.3f} [{own['ci_low']:.3f}, {own['ci_high']:.3f}] on {own['n']} clear "
-            f"{validation.get('split', 'validation')} pairs; length alone {rivals['length']:.3f}, "
-            f"TF-IDF {rivals['tfidf_ridge']:.3f}: "
-            f"{'validated' if validated else 'NOT validated, its lower bound does not exceed both'}")
-    return {"validated": validated, "text": text, "reward": own, "baselines": rivals}
-
 # %% ../../nbs/rewards/07_validation.ipynb #c022
 def validate_scores(pairs: pd.DataFrame, scores: Mapping[str, np.ndarray], seed: int = 0) -> dict:
     """How well each scorer orders the replies to one post.
 
     pairs: validation rows with conversation_id, reply, reply_likes, engagement, residual, source. scores: name -> (n,)
     in the same order, "reward" and "judge" among them. Returns accuracy[name] = {all, clear (raw likes),
-    similar_length (clear, lengths within a quarter), residual (deconfounded, at least 0.5 apart)}, each with
-    estimate, ci_low, ci_high, n; agreement of reward and judge within posts, overall and at equal length; by_ratio, the
-    reward's accuracy against the ratio of likes; and, on simulated pairs, gold[name] with Spearman within posts and
-    overall.
+    similar_length (clear, lengths within a quarter), later (clear, the later reply won: visibility cannot explain
+    those; where delays are known), residual (deconfounded, 0.5 apart at least)}, each estimate, ci_low, ci_high, n;
+    agreement of reward and judge within posts, overall and at equal length; by_ratio, the reward's accuracy against the
+    ratio of likes; by_event, the same for each `meta.event`; and, on simulated pairs, gold[name] with Spearman within
+    posts and overall.
     """
     posts, seed = pairs["conversation_id"].to_numpy(), child_seed(seed, "validation intervals")
     residual = pairs["residual"].to_numpy(dtype=float)
@@ -161,6 +159,10 @@ def validate_scores(pairs: pd.DataFrame, scores: Mapping[str, np.ndarray], seed:
     higher, lower = kinds["clear"]
     alike = similar_length(pairs["reply"], higher, lower)
     kinds["similar_length"] = higher[alike], lower[alike]
+    if "reply_time_diff_seconds" in pairs:
+        delay = pairs["reply_time_diff_seconds"].to_numpy(dtype=float, na_value=np.nan)
+        later = delay[higher] > delay[lower]  # False where one is unknown
+        kinds["later"] = higher[later], lower[later]
     result = {"n_conversations": len(set(posts)), "n_replies": len(pairs),
               "n_pairs": {kind: len(higher) for kind, (higher, _) in kinds.items()},
               "accuracy": {name: {kind: accuracy(values, *found, posts, seed) for kind, found in kinds.items()}
@@ -173,6 +175,7 @@ def validate_scores(pairs: pd.DataFrame, scores: Mapping[str, np.ndarray], seed:
         "pairs": accuracy(judge, first, second, posts, seed),
         "pairs_of_similar_length": accuracy(judge, first[alike], second[alike], posts, seed)}
     result["by_ratio"] = by_ratio(reward, pairs, seed)
+    result["by_event"] = by_event(reward, pairs, higher, lower, seed)
     if truth := gold_of(pairs):
         gold = truth(pairs["tweet"].tolist(), pairs["reply"].tolist())
         result["gold"] = {name: {"spearman_within_posts": within_post_spearman(values, gold, posts, seed),

@@ -73,7 +73,7 @@ def is_busy(run_dir: Path) -> bool:
 
 # %% ../../nbs/run/02_cli.ipynb #c013
 def run_status(run_dir: Path) -> dict:
-    """One run in a line: preset, status, wall-clock (s, all stages), and Pass@10 of each arm where it is known."""
+    """One run in a line: preset, status, minutes, the gate's verdicts, and Pass@10 of each arm where it is known."""
     config = read_json(run_dir / "config.json") if (run_dir / "config.json").exists() else None
     if config is None:
         return {"run": run_dir.name, "status": "empty"}
@@ -91,6 +91,11 @@ def run_status(run_dir: Path) -> dict:
         status = f"running ({states.count('completed')}/{len(states)})"
     row = {"run": run_dir.name, "preset": config["preset"], "status": status,
            "minutes": round(sum(record.get("wall_seconds", 0) for record in records) / 60, 1)}
+    validation = run_dir / "reward_model" / "validation.json"
+    if validation.exists():
+        verdicts = read_json(validation).get("verdicts")  # an older version's has none: one run must not hide others
+        row |= {name: found["verdict"] for name, found in verdicts.items()} if verdicts else {
+            "reward": "no verdict: run the stage reward_model again"}
     metrics = run_dir / "evaluation" / "metrics.csv"
     if metrics.exists():
         table = pd.read_csv(metrics)

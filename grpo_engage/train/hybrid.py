@@ -22,6 +22,7 @@ from ..base.plots import savefig
 from ..data.pairs import load_pairs
 from ..policy.replies import instruction_of, loading_options, read_policy
 from ..policy.sampling import load_adapted, load_policy, reply_nll
+from ..rewards.gate import read_verdicts, recorded_verdicts
 from ..rewards.settings import RewardChoice
 from ..rewards.training_reward import training_reward
 from .arm_training import train_arm
@@ -133,6 +134,8 @@ def paid_by(run_dir: Path, choice: RewardChoice, objective: Arm, manifest: dict)
         return None, ""
     reward, identifier, manifest["reward_validated"] = training_reward(run_dir, choice)
     manifest["reward"] = identifier
+    if manifest["reward_validated"] is not None:
+        manifest |= recorded_verdicts(read_verdicts(run_dir))
     return reward, identifier
 
 
