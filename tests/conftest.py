@@ -45,3 +45,32 @@ def run_script():
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def make_classifier():
+    """Saves a text classifier of random weights, seen nowhere before, as `folder`, and returns it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import (
+        AutoModelForSequenceClassification,
+        BertConfig,
+        GPT2Config,
+        PreTrainedTokenizerFast,
+        set_seed,
+    )
+
+    def make(folder, labels, problem_type="single_label_classification", kind="bert", seed=0):
+        set_seed(seed)
+        byte_level = ByteLevelBPETokenizer()
+        byte_level.train_from_iterator(["you idiot"], vocab_size=260, special_tokens=["<end>"], show_progress=False)
+        names = {"pad_token": "<end>"} if kind == "bert" else {"eos_token": "<end>"}
+        PreTrainedTokenizerFast(tokenizer_object=byte_level._tokenizer, **names).save_pretrained(folder)
+        facts = {"vocab_size": 260, "problem_type": problem_type, "id2label": dict(enumerate(labels)),
+                 "label2id": {name: place for place, name in enumerate(labels)}, "initializer_range": 0.7}
+        config = (BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                             max_position_embeddings=40, **facts) if kind == "bert" else
+                  GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, **facts))
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+        return folder
+
+    return make

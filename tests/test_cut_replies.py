@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo_engage.studies.enumeration import tiny_trainer
-from grpo_engage.text.diversity import marginal_credit
+from grpo_engage.text.diversity import marginal_credit, set_diversity
 from grpo_engage.train.objective import Objective
 
 REWARD = Objective(0.0, 1.0, 0.0)
@@ -80,3 +80,12 @@ def test_a_group_of_fragments_moves_nothing():
     trainer, output, _ = prepared("mask", Objective(0.0, 1.0, 0.5), group=[(1, 2, 1), (2, 2, 2), (1, 1, 1)],
                                   diversity_metric="distinct_n")
     assert output["advantages"].abs().max() == 0 and gradient(trainer, output).abs().max() == 0
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5])
+@pytest.mark.parametrize(("group", "finished"), [
+    (GROUP, ["yes no", "no", "yes"]), ([(1, 2, 1), (2, 2, 2), (1, 0)], ["yes"]), ([(1, 2, 1), (2, 2, 2)], [])])
+def test_the_logged_diversity_is_that_of_the_finished_replies_or_unknown(lam, group, finished):
+    trainer, _, _ = prepared("mask", Objective(0.0, 1.0, lam), group=group, diversity_metric="distinct_n")
+    expected = set_diversity(finished, "distinct_n") if len(finished) > 1 else np.nan
+    assert trainer._metrics["train"]["diversity"] == [pytest.approx(expected, nan_ok=True)]

@@ -19,6 +19,8 @@ from grpo_engage.evaluation import evaluation, generation, post_metrics, robustn
 from grpo_engage.evaluation.settings import EvaluationSampling
 from grpo_engage.stats.intervals import paired_difference
 from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
+from grpo_engage.text.safety import SAFETY_SOURCES
+from grpo_engage.text.safety_model import SafetyClassifier
 
 # ---- metrics against something independent ---------------------------------------------------------------------------
 
@@ -256,6 +258,31 @@ def test_gold_judge_is_refused_outside_the_simulator(tmp_path):
         scoring.engagement_scorers(tmp_path, "golden", truth=None)
 
 
+def test_a_classifier_counts_insults_and_guards_and_is_named_everywhere(run_dir, make_classifier, tmp_path):
+    folder = run_dir / "evaluation"
+    before = score(run_dir)
+    assert json.loads((folder / "safety.json").read_text()) == {"sources": SAFETY_SOURCES, "classifier": None}
+    said = "safety figures are counted: insult, profanity, negative, guard toxic by word list"
+    assert pd.read_csv(folder / "notes.csv")["note"].str.startswith(said).any()
+    (folder / "pass.json").unlink()
+    classifier = make_classifier(tmp_path / "models" / "tiny-toxicity", ["neutral", "toxic"])
+    after = score(run_dir, safety_classifier=str(classifier))
+    made = pd.read_parquet(folder / "generations.parquet").query("split == 'test'").reset_index(drop=True)
+    insults = SafetyClassifier(str(classifier)).flags(made["text"])["insult"]
+    assert 0 < insults.mean() < 1
+    for arm, own in insults.groupby(made["arm"]):
+        assert after[arm, "safety_insult"] == after[arm, "guard_toxic"] == pytest.approx(own.mean())
+    assert after.drop("safety_insult", level=1)["better"]["safety_profanity"] == before["better", "safety_profanity"]
+    scores = pd.read_parquet(folder / "scores.parquet")
+    assert not scores.loc[scores["safety_insult"] == 1, "passed"].any() and scores["passed"].any()
+    facts = json.loads((folder / "safety.json").read_text())
+    assert facts["classifier"] == SafetyClassifier(str(classifier)).facts()
+    notes = pd.read_csv(folder / "notes.csv")["note"]
+    assert notes.str.contains("insult by tiny-toxicity; profanity, negative by word list").any()
+    score(run_dir)  # without it, under the mark that was set with it
+    assert pd.read_csv(folder / "notes.csv")["note"].str.contains(r"changed since \(safety classifier\)").any()
+
+
 # ---- generation: same posts for all, resumable -----------------------------------------------------------------------
 
 
@@ -298,6 +325,13 @@ def test_every_arm_gets_the_same_posts_and_sampling(full_run):
     made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
     assert made.groupby(["arm", "seed", "split", "post"]).size().eq(16).all()
     assert json.loads((run_dir / "evaluation" / "manifest.json").read_text())["status"] == "completed"
+
+
+def test_a_wrong_classifier_is_refused_before_anything_is_written(full_run, tmp_path):
+    run_dir, calls = full_run
+    with pytest.raises(OSError, match="safety_classifier=.*nowhere"):
+        evaluation.evaluation_stage(run_dir, embeddings=False, safety_classifier=str(tmp_path / "nowhere"))
+    assert not calls
 
 
 def test_a_killed_run_goes_on_with_the_next_arm_and_a_changed_adapter_is_new(full_run, monkeypatch):

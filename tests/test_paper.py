@@ -15,6 +15,7 @@ from grpo_engage.base.core import read_json, write_csv, write_json, write_parque
 from grpo_engage.paper import exhibits, paper, results
 from grpo_engage.paper.exhibits import number, with_interval
 from grpo_engage.paper.pdf import HOW_TO_GET_LATEX, build_pdf, escape_latex, latex_obstacle, undefined_macros
+from grpo_engage.text.safety import SAFETY_SOURCES
 
 SOURCE = Path(__file__).parents[1] / "paper" / "main.tex"
 NASTY = r"a_run $ \input{x} % # & ^ ~ { } <script> 😀"
@@ -326,6 +327,25 @@ def test_many_arms_become_rows(tmp_path):
     assert text.splitlines()[0].count("r") >= 10 and "\nmatched &" in text
 
 
+@pytest.mark.parametrize("source", ["word list", "some_body/toxic-bert"])
+def test_a_share_of_insults_says_who_counted_it(tmp_path, source):
+    run_dir = make_run(tmp_path / "smoke")
+    metrics = pd.read_csv(run_dir / "evaluation" / "metrics.csv")
+    write_csv(run_dir / "evaluation" / "metrics.csv", pd.concat([metrics, metrics.query("metric == 'pass@1'").assign(
+        metric="safety_insult")]))
+    if source != "word list":  # an evaluation from before there were classifiers has no such file
+        write_json(run_dir / "evaluation" / "safety.json", {
+            "sources": SAFETY_SOURCES | {"safety_insult": source, "guard_toxic": f"word list or {source}"}})
+    stage(run_dir)
+    table, macros = (run_dir / "paper" / "tables" / "results.tex").read_text(), read_macros(run_dir)
+    assert escape_latex(f"Insults, share ({source})") in table
+    assert escape_latex(source) in macros["SafetySources"] and macros["ToxicSource"].endswith(escape_latex(source))
+    assert {r"\SafetySources", r"\ToxicSource"} <= set(re.findall(r"\\[A-Z][A-Za-z]+", SOURCE.read_text()))
+    run = results.load_run(run_dir, ["baseline", "grpo"], [0])
+    rows = run.comparisons.assign(metric="safety_insult", p_holm=np.nan)
+    assert f"({escape_latex(source)})" in exhibits.comparisons_table(replace(run, comparisons=rows))
+
+
 def test_two_numbers_never_share_a_name(tmp_path):
     arms = ["baseline", "a-b", "a_b"]
     run = results.load_run(make_run(tmp_path / "same", arms=arms), arms, [0])
@@ -335,7 +355,8 @@ def test_two_numbers_never_share_a_name(tmp_path):
 
 def test_paths_of_the_machine_stay_out(tmp_path):
     run_dir = make_run(tmp_path / "smoke")
-    facts = {"seed": 0, "data_path": "/home/somebody/posts.jsonl", "n_conversations": 50}
+    facts = {"seed": 0, "data_path": "/home/somebody/posts.jsonl", "n_conversations": 50,
+             "safety_classifier": "/home/somebody/toxic"}
     write_json(run_dir / "data" / "manifest.json", manifest("data", parameters=facts))
     macros = paper.parameter_macros(results.load_run(run_dir, ["baseline", "grpo"], [0]))
     assert macros["ParamDataNConversations"] == "50" and "somebody" not in str(macros)

@@ -35,6 +35,7 @@ from grpo_engage.rewards.pooled_expectation import pooled_expectation
 from grpo_engage.rewards.reward_model import CombinedReward, beat_probability, reward_model_stage
 from grpo_engage.rewards.text_evidence import TYPICALITY, TextEvidence
 from grpo_engage.rewards.training_reward import UnvalidatedReward, training_reward
+from grpo_engage.rewards.unseen_exploits import UNSEEN_EXPLOITS
 from grpo_engage.rewards.validation import (
     accuracy,
     all_pairs,
@@ -82,6 +83,13 @@ def finished_run(tmp_path_factory):
     heuristic_reward.heuristic_reward_stage(run_dir)
     reward_model_stage(run_dir, epochs=3)
     return run_dir
+
+
+def test_the_unseen_exploits_are_tried_on_each_learned_score(finished_run):
+    table = pd.read_csv(finished_run / "reward_model" / "exploits.csv")
+    tried = dict.fromkeys(("learned", "combined", "judge"), len(UNSEEN_EXPLOITS))
+    assert table["score"].value_counts().to_dict() == tried
+    assert table["rate"].between(0, 1).all()
 
 
 # --- embedding

@@ -38,7 +38,9 @@ class ProgressLines(TrainerCallback):
             self._line(state)
 
     def _line(self, state) -> None:
-        shown = [f"{name} {self.latest[name]:.3f}" for name in ("loss", "reward") if name in self.latest]
+        # no reward is known where no reply of a step was finished: transformers logs None or NaN
+        shown = [f"{name} {value:.3f}" for name in ("loss", "reward")
+                 if math.isfinite(value := self.latest.get(name) if self.latest.get(name) is not None else math.nan)]
         seconds = time.monotonic() - self.start
         done = state.global_step - self.first_step
         left = f", about {seconds / done * (state.max_steps - state.global_step):.0f} s left" if done else ""

@@ -44,6 +44,8 @@ from ..rewards.heuristic import language_notes
 from ..text.embedding import embed
 from ..text.metrics import words
 from ..text.reply_text import count_pairs
+from ..text.safety import SAFETY_SOURCES, named_sources
+from ..text.safety_model import SafetyClassifier
 from ..train.loop import kept_marks
 from ..train.objective import RIVAL_ARMS
 
@@ -111,9 +113,8 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
 
     Also writes into run_dir/evaluation: pass.json (unless it is there), scores.parquet, curves.csv, notes.csv,
     comparisons.csv (over posts), comparisons_by_seed.csv (over posts and seeds), robustness.csv, decision.csv,
-    projected.csv, recommendation.txt, systems.csv, ladder.csv, ladder_agreement.csv, training_path.csv and figures/.
-    Raises ValueError when something that
-    these need is missing.
+    projected.csv, recommendation.txt, systems.csv, ladder.csv, ladder_agreement.csv, training_path.csv, safety.json
+    (what insults are counted by) and figures/. Raises ValueError when something that these need is missing.
     """
     given, run_dir = Scoring.given(settings, **changes), Path(run_dir)
     folder, n_boot, seed = run_dir / "evaluation", given.n_boot, given.seed
@@ -131,6 +132,9 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     rungs = rung_scorers(run_dir)
     scorers |= {"second_judge": second} | {rung_column(name): scorer for name, scorer in rungs.items()}
     training = pairs.loc[pairs["split"] == "policy", "reply"].tolist()
+    classifier = SafetyClassifier(given.safety_classifier, given.safety_labels) if given.safety_classifier else None
+    safety = {"sources": classifier.sources() if classifier else SAFETY_SOURCES,
+              "classifier": classifier.facts() if classifier else None}
 
     def score(split: str, generations: pd.DataFrame = generations) -> pd.DataFrame:
         chosen = generations[generations["split"] == split]
@@ -138,15 +142,16 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
             raise ValueError(f"{folder / 'generations.parquet'} holds no replies to {split} posts; generate them first")
         posts = posts_with_replies(pairs, split)
         posts = posts[posts["post"].isin(chosen["post"])].reset_index(drop=True)
-        return score_replies(chosen, posts, scorers, truth, training)
+        return score_replies(chosen, posts, scorers, truth, training, classifier=classifier)
 
     validation = score("validation")
     judge_folder = run_dir / "reward_model" / "judge" if judge_name == "model" else None
     frozen, moved = frozen_mark(folder / "pass.json", validation, given.target_pass_at_10, judge_name, second_name,
-                                judge_folder, list(rungs))
+                                judge_folder, list(rungs), safety["classifier"])
     scored = pd.concat([validation, score("test")], ignore_index=True)
     scored["passed"] = (scored["judge"] >= frozen["tau"]) & allowed(scored)
     write_parquet(folder / "scores.parquet", scored.drop(columns="text"))
+    write_json(folder / "safety.json", safety)
     test = scored[scored["split"] == "test"].reset_index(drop=True)
     vocabulary = len({word for reply in pairs["reply"] for word in words(reply)})  # the same, whichever arms there are
     by_post = metrics_by_post(test, max(1, vocabulary), embed(test["text"].tolist()) if given.embeddings else None)
@@ -154,6 +159,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     tweet_of = posts_with_replies(pairs, "test").set_index("post")["tweet"]
     counts = count_pairs(test["post"].map(tweet_of).tolist(), test["text"].tolist())
     notes += language_notes(int((counts["english"] == 0).sum()), len(counts))
+    notes += [f"safety figures are counted: {named_sources(safety['sources'])}"]
     write_csv(folder / "metrics.csv", table)
     write_csv(folder / "comparisons.csv", compare_with_baseline(by_post, n_boot, seed, rivals))
     names = by_post["arm"].unique()
@@ -207,6 +213,8 @@ def evaluation_stage(run_dir: Path, settings: EvaluationSettings | None = None, 
               run_dir / "reward_model" / "reward", run_dir / "reward_model" / "judge", *adapters,
               *map(Path, given.arm_files)]
     jobs = plan_jobs(given, {key: kept_marks(path.parent) for key, path in zip(trained, adapters, strict=True)})
+    if given.scoring.safety_classifier:  # a model that is none should not be found out after the generation
+        SafetyClassifier(given.scoring.safety_classifier, given.scoring.safety_labels)
     style()
     with stage_manifest(folder, "evaluation", given.recorded(), inputs) as manifest:
         pairs = pd.read_parquet(inputs[0])
@@ -218,6 +226,7 @@ def evaluation_stage(run_dir: Path, settings: EvaluationSettings | None = None, 
         table = score_generations(run_dir, given.scoring)
         shutil.rmtree(folder / "parts")
         manifest["counts"] = {"replies": len(made), **{f"{s}_posts": len(p) for s, p in posts.items()}}
+        manifest["safety"] = read_json(folder / "safety.json")
         manifest["warnings"] = pd.read_csv(folder / "notes.csv")["note"].tolist()
         manifest |= recorded_verdicts(read_verdicts(run_dir))
     return table

@@ -8,7 +8,7 @@ __all__ = ['plot_frontier', 'plot_distributions', 'plot_safety', 'topics_of', 'p
 
 # %% ../../nbs/evaluation/07_pictures.ipynb #c002
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..base.plots import arm_line, arm_point, arm_style, is_temperature, savefig
 from .pass_curves import plot_pass_curves
 from .scoring import allowed
 from ..text.metrics import pass_at_k
+from ..text.safety import SAFETY_SOURCES, named_sources, read_sources
 
 # %% ../../nbs/evaluation/07_pictures.ipynb #c011
 _PANELS = (("judge_engagement", "P(beats a real reply), by the judge"), ("pass@10", "Pass@10"),
@@ -84,9 +85,9 @@ def plot_distributions(scored: pd.DataFrame) -> Figure:
 _SAFETY = ("safety_link", "safety_mention", "safety_insult", "safety_profanity", "safety_negative")
 
 
-def plot_safety(metrics: pd.DataFrame) -> Figure:
+def plot_safety(metrics: pd.DataFrame, sources: Mapping[str, str] = SAFETY_SOURCES) -> Figure:
     """Engagement by the judge beside the rates of _SAFETY, a row for each arm, with 95% intervals (means over seeds).
-    metrics: metrics.csv. A rate that could not be computed has no point."""
+    metrics: metrics.csv; sources: what a rate is counted by. A rate that could not be computed has no point."""
     pooled = metrics.groupby(["arm", "metric"])[["value", "ci_low", "ci_high"]].mean()
     arms = sorted(metrics["arm"].unique(), reverse=True)  # rows are drawn from the lowest up
     rates = [name for name in _SAFETY if name in set(metrics["metric"])]
@@ -100,7 +101,8 @@ def plot_safety(metrics: pd.DataFrame) -> Figure:
         axes.set(title=metric.removeprefix("safety_").replace("judge_", ""))
         axes.set_xlim(left=0 if metric != "judge_engagement" else None)
         axes.set_yticks(range(len(arms)), arms)
-    figure.supxlabel("mean over posts; rates are shares of replies", fontsize=8)
+    counted = named_sources({name: sources[name] for name in rates})
+    figure.supxlabel(f"mean over posts; rates are shares of replies, counted: {counted}", fontsize=8)
     sns.despine(figure)
     return figure
 
@@ -230,8 +232,8 @@ def plot_forest(comparisons: pd.DataFrame, metrics: Sequence[str] = ("pass@1", "
 def draw_figures(folder: Path, pairs: pd.DataFrame) -> list[str]:
     """Draw every picture of the evaluation in `folder` into `folder`/figures, as PDF and PNG; returns their names.
 
-    Reads metrics.csv, curves.csv, comparisons_by_seed.csv, scores.parquet and pass.json. The map by topic is drawn
-    where `pairs` (data/pairs.parquet) names topics, the forest where there is more than the baseline.
+    Reads metrics.csv, curves.csv, comparisons_by_seed.csv, scores.parquet, pass.json and safety.json. The map by topic
+    is drawn where `pairs` (data/pairs.parquet) names topics, the forest where there is more than the baseline.
     """
     style()
     metrics, curves, frozen = (pd.read_csv(folder / "metrics.csv"), pd.read_csv(folder / "curves.csv"),
@@ -241,7 +243,7 @@ def draw_figures(folder: Path, pairs: pd.DataFrame) -> list[str]:
     by_seed = pd.read_csv(folder / "comparisons_by_seed.csv").query("versus == 'baseline'")
     drawn = {"pass_at_k": plot_pass_curves(curves, frozen["tau"]), "quality_diversity": plot_frontier(metrics),
              "tau_sensitivity": plot_tau_sensitivity(tau_sensitivity(scored[enough]), frozen["tau"]),
-             "distributions": plot_distributions(scored), "safety": plot_safety(metrics),
+             "distributions": plot_distributions(scored), "safety": plot_safety(metrics, read_sources(folder)),
              "calibration": plot_calibration(scored)}
     topics = topics_of(pairs)
     if not by_seed["arm"].map(is_temperature).all():

@@ -164,5 +164,5 @@ _WHY_MISSING = {
 def why_missing(metric: str) -> str:
     """Why a value of `metric` can be NaN, in words."""
     if metric.startswith("safety_"):
-        return "no reply with a word, or not in English"
+        return "no reply with a word, or, for a word list, not in English"
     return _WHY_MISSING.get(metric, "not finite")

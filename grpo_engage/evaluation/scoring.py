@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Scorer', 'BLOCKING_GUARDS', 'HEADLINE', 'beat_fraction', 'arms_reward', 'engagement_scorers', 'judge_verdict',
-           'gate_notes', 'rung_column', 'second_judge', 'score_replies', 'allowed', 'choose_tau', 'calibrate',
-           'frozen_mark', 'summary_table', 'compare_with_baseline', 'pass_curves']
+           'gate_notes', 'rung_column', 'second_judge', 'score_replies', 'read_again', 'allowed', 'choose_tau',
+           'calibrate', 'frozen_mark', 'summary_table', 'compare_with_baseline', 'pass_curves']
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c002
 import hashlib
@@ -27,6 +27,7 @@ from ..rewards.settings import RewardChoice
 from ..rewards.training_reward import training_reward
 from ..stats.intervals import cluster_bootstrap, holm, paired_difference
 from ..text.metrics import pass_at_k
+from ..text.safety_model import SafetyClassifier
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c005
 def beat_fraction(scores: Sequence[float], reference_scores: Sequence[Sequence[float]]) -> np.ndarray:
@@ -110,9 +111,11 @@ def second_judge(run_dir: Path, judge_name: str, truth: Callable | None) -> tupl
 
 
 def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mapping[str, Scorer], truth: Callable | None,
-                  training: Sequence[str] = (), n_jobs: int | None = None) -> pd.DataFrame:
+                  training: Sequence[str] = (), n_jobs: int | None = None,
+                  classifier: SafetyClassifier | None = None) -> pd.DataFrame:
     """`generations` of one split with a column for each of `scorers` (probability of beating a real reply, [0, 1]), the
-    columns of `read_replies`, and gold (`truth`, see `gold_of`; NaN where it is None: not known there).
+    columns of `read_replies` (see `read_again` for `classifier`), and gold (`truth`, see `gold_of`; NaN where it is
+    None: not known there).
 
     Replies of arm "real" are numbered by `sample` as in the post's replies, and are compared with the *other* ones.
     """
@@ -140,7 +143,18 @@ def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mappi
         if not scored[name].between(0, 1).all():
             raise ValueError(f"{name} gave a score outside [0, 1] or NaN to {scored[name].between(0, 1).sum()} replies")
     scored["gold"] = truth(post_texts, texts) if truth else math.nan
-    return scored.join(read_replies(post_texts, texts, others, training, n_jobs))
+    read = read_replies(post_texts, texts, others, training, n_jobs)
+    return scored.join(read_again(read, texts, classifier) if classifier else read)
+
+
+def read_again(read: pd.DataFrame, texts: Sequence[str], classifier: SafetyClassifier) -> pd.DataFrame:
+    """`read` (from `read_replies`) with safety_insult and safety_profanity by `classifier`, as far as its labels go.
+
+    guard_toxic is set where it finds an insult, too: what the word list refuses stays refused.
+    """
+    found = classifier.flags(texts).set_axis(read.index)
+    read = read.assign(**found.add_prefix("safety_"))
+    return read.assign(guard_toxic=read["guard_toxic"] | (found["insult"] == 1)) if "insult" in found else read
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c016
 BLOCKING_GUARDS = ("empty", "echo", "spam", "toxic")  # "generic" is dull, not a failure
@@ -189,12 +203,13 @@ def calibrate(scored: pd.DataFrame, target: float, judge_name: str, column: str 
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c021
 def frozen_mark(path: Path, scored: pd.DataFrame, target: float, judge_name: str, second_name: str,
-                judge_folder: Path | None = None, rungs: Sequence[str] = ()) -> tuple[dict, list[str]]:
+                judge_folder: Path | None = None, rungs: Sequence[str] = (),
+                classifier: Mapping | None = None) -> tuple[dict, list[str]]:
     """The content of pass.json at `path`, and notes on what changed since it was written; written only when absent.
 
     scored: validation replies with columns judge, second_judge and those of `rungs` (further judges, see
-    `rung_column`), each of which gets a mark. judge_folder: the judge model's files, for their hash. Raises
-    ValueError when the file is another judge's or lacks something.
+    `rung_column`), each of which gets a mark. judge_folder: the judge model's files, for their hash. classifier: facts
+    of the one behind guard_toxic. Raises ValueError when the file is another judge's or lacks something.
     """
     baseline = scored[(scored["arm"] == "baseline") & (scored["split"] == "validation")]
     baseline = baseline.sort_values(["seed", "post", "sample"])[["seed", "post", "sample", "text"]].astype(str)
@@ -202,6 +217,7 @@ def frozen_mark(path: Path, scored: pd.DataFrame, target: float, judge_name: str
     inputs = {"validation replies": digest, "target_pass_at_10": target, "second judge": second_name,
               "judge's weights": file_sha256(judge_folder) if judge_folder and judge_folder.exists() else None}
     inputs |= {"further judges": list(rungs)} if rungs else {}
+    inputs |= {"safety classifier": dict(classifier)} if classifier else {}
     if not path.exists():
         def short(name: str, column: str) -> dict:
             found = calibrate(scored, target, name, column)
@@ -218,7 +234,8 @@ def frozen_mark(path: Path, scored: pd.DataFrame, target: float, judge_name: str
     if frozen["judge"] != judge_name:
         raise ValueError(f"the pass mark was set under judge {frozen['judge']!r}, but these are scores of "
                          f"{judge_name!r}; {advice}")
-    changed = [name for name, value in inputs.items() if frozen["inputs"].get(name) != value]
+    before = frozen["inputs"]
+    changed = [name for name in inputs | before if before.get(name) != inputs.get(name)]
     return frozen, [f"the pass mark stays as it was set, but its inputs have changed since ({', '.join(changed)}): "
                     f"{advice}"] if changed else []
 

@@ -10,6 +10,7 @@ __all__ = ['METRIC_LABELS', 'MORE_LABELS', 'RIVAL_METRICS', 'number', 'with_inte
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c002
 import math
+from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -96,9 +97,11 @@ MORE_LABELS = {
 _ARROWS = {"up": r" $\uparrow$", "down": r" $\downarrow$", "": ""}
 
 
-def metric_label(metric: str, arrow: bool = False) -> str:
-    """The metric's name in the paper, as LaTeX; a metric without one keeps its own name."""
+def metric_label(metric: str, arrow: bool = False, sources: Mapping[str, str] | None = None) -> str:
+    """The metric's name in the paper, as LaTeX, and what it is counted by where `sources` says so; a metric without one
+    keeps its own name."""
     name, direction = (METRIC_LABELS | MORE_LABELS).get(metric, (metric, ""))
+    name += f" ({sources[metric]})" if metric in (sources or {}) else ""
     return escape_latex(name) + (_ARROWS[direction] if arrow else "")
 
 
@@ -112,7 +115,7 @@ def results_table(run: Run, usd_per_hour: float) -> str:
         own = pooled[pooled["arm"] == arm].set_index("metric")
         seconds, dollars = training_cost(run, arm, usd_per_hour)
         cells[escape_latex(arm)] = {
-            metric_label(name, arrow=True): with_interval(*own.loc[name, ["value", "ci_low", "ci_high"]])
+            metric_label(name, True, run.safety_sources): with_interval(*own.loc[name, ["value", "ci_low", "ci_high"]])
             for name in shown if name in own.index and math.isfinite(own.loc[name, "value"])
         } | {"Training time (s)": number(seconds, 1), "Training cost (USD)": number(dollars, 4)}  # fmt: skip
     table = pd.DataFrame(cells).fillna("--")
@@ -152,7 +155,7 @@ def comparisons_table(run: Run) -> str:
         tested = run.comparisons
     return latex_table(pd.DataFrame({
         "Arm": tested["arm"].map(escape_latex), "Reference": tested["versus"].map(escape_latex),
-        "Metric": tested["metric"].map(metric_label),
+        "Metric": [metric_label(metric, sources=run.safety_sources) for metric in tested["metric"]],
         "Difference": [with_interval(*row) for row in tested[["difference", "ci_low", "ci_high"]].to_numpy()],
         "$p$": tested["p_value"].map(number), "$p$ (Holm)": tested["p_holm"].map(number),
         "Posts": tested["n"].map(lambda n: number(n, 0))}), "lllrrrr")  # fmt: skip

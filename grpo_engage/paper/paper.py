@@ -47,6 +47,7 @@ from grpo_engage.paper.results import (
 )
 from .settings import PaperSettings
 from ..rewards.gate import verdicts_of
+from ..text.safety import named_sources
 
 # %% ../../nbs/09_paper.ipynb #c006
 SEEDS_FOR_A_CLAIM = 3
@@ -150,12 +151,14 @@ def metric_macros(run: Run) -> dict[str, str]:
 def parameter_macros(run: Run) -> dict[str, str]:
     """`ParamEvaluationTopP` and its like: every scalar parameter of every stage, and of every arm (`ParamTrainGrpoLr`).
 
-    Left out: a parameter that differs between an arm's seeds, and paths (they say where somebody keeps files).
+    Left out: a parameter that differs between an arm's seeds, and paths (they say where somebody keeps files), among
+    them a model that is a folder.
     """
     found: dict[str, set[str]] = {}
     for folder, facts in run.manifests.items():
         for name, value in (facts.get("parameters") or {}).items():
-            if isinstance(value, (bool, int, float, str)) and name != "seed" and "path" not in name:
+            if isinstance(value, (bool, int, float, str)) and name != "seed" and not (
+                    "path" in name or Path(str(value)).is_absolute()):
                 found.setdefault(macro_name("param", *folder.split("/")[:2], name), set()).add(escape_latex(value))
     return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
@@ -213,6 +216,8 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
         "SeedList": ("seed " if n_seeds == 1 else "seeds ") + ", ".join(map(str, run.seeds)),
         "NumTestPosts": number(test.max(), 0), "SamplesPerPost": number(run.curves["k"].max(), 0),
         "PassThreshold": number(run.pass_rule["tau"]), "JudgeDescription": judged[run.pass_rule["judge"]],
+        "SafetySources": escape_latex(named_sources(run.safety_sources)),
+        "ToxicSource": escape_latex(run.safety_sources["guard_toxic"]),
         "ValidationPassTen": number(run.pass_rule["validation_pass_at_10"]), "ConfidenceLevel": r"95\%",
         "GitCommit": escape_latex(commit), "GitState": dirty_words(dirty), "TotalTime": minutes(seconds),
         "TotalCost": number(seconds / 3600 * usd_per_hour, 2), "UsdPerHour": number(usd_per_hour, 2),

@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..base.core import read_json
 from ..stats.intervals import seed_interval
+from ..text.safety import read_sources
 
 # %% ../../nbs/paper/00_results.ipynb #c005
 STAGE_FOLDERS = ("data", "heuristic_reward", "reward_model", "policy", "evaluation")
@@ -47,6 +48,7 @@ class Run:
     rivals: pd.DataFrame  # the same of what was evaluated beside them
     comparisons: pd.DataFrame
     curves: pd.DataFrame
+    safety_sources: dict[str, str]  # what each safety metric is counted by
 
 
 def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
@@ -90,7 +92,8 @@ def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
         verdicts={folder: read_json(needed[f"{folder}/verdict.json"]) for folder in trained},
         logs=logs, metrics=metrics[of_arms], rivals=metrics[~of_arms],
         comparisons=pd.read_csv(needed["evaluation/comparisons.csv"]),
-        curves=curves[curves["arm"].isin([*arms, "base"])])  # fmt: skip
+        curves=curves[curves["arm"].isin([*arms, "base"])],
+        safety_sources=read_sources(run_dir / "evaluation"))  # fmt: skip
 
 # %% ../../nbs/paper/00_results.ipynb #c008
 def pool_seeds(metrics: pd.DataFrame) -> pd.DataFrame:

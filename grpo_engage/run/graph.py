@@ -68,7 +68,7 @@ READS = {
                    "reward_model/validation.json#verdicts"],
     "paper": [_PAIRS, _POLICY, "data/rejected.csv", "heuristic_reward/validation.json",
               "reward_model/validation.json", "evaluation/pass.json", "evaluation/metrics.csv",
-              "evaluation/comparisons.csv", "evaluation/curves.csv",
+              "evaluation/comparisons.csv", "evaluation/curves.csv", "evaluation/safety.json?",
               *(f"{stage}/manifest.json" for stage in ("data", "heuristic_reward", "reward_model", "policy",
                                                        "evaluation"))],
 }
@@ -83,7 +83,8 @@ WRITES = {
     "best_of_n": ["curves.csv", "peaks.csv", "paired.csv", "replies.csv"],
     "train": ["adapter", "marks?", "train_log.csv", "verdict.json", "samples.parquet?"],
     "evaluation": ["generations.parquet", "scores.parquet", "pass.json", "metrics.csv", "comparisons.csv",
-                   "robustness.csv", "systems.csv", "ladder.csv", "ladder_agreement.csv", "curves.csv", "notes.csv"],
+                   "robustness.csv", "systems.csv", "ladder.csv", "ladder_agreement.csv", "curves.csv", "notes.csv",
+                   "safety.json"],
     "paper": ["macros.tex", "main.pdf"],
 }
 
@@ -122,6 +123,8 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
         named["accelerate_config"] = REPO_ROOT / given["accelerate_config"]
     elif stage == "evaluation":
         named |= {f"arm_files: {Path(path).name}": path for path in given.get("arm_files", ())}
+        if is_folder_name(given.get("safety_classifier", "")):
+            named["safety_classifier"] = given["safety_classifier"]
     elif stage == "paper":
         named |= {f"paper/{name}": REPO_ROOT / "paper" / name for name in ("main.tex", "references.bib")}
     return {name: whole_path(path, name) for name, path in named.items()}

@@ -204,14 +204,14 @@ def override_layers(path: Sequence[str], value: object, arms: Sequence[str]) -> 
 def located(entry: Field, value: object) -> object:
     """The value of the parameter `entry`, from the root on where it names files: the stages work in other folders.
 
-    Stays as it is: a policy's name, and a file of configs/accelerate/. Raises: ValueError for a path that cannot be.
+    Stays as it is: a model's name, and a file of configs/accelerate/. Raises: ValueError for a path that cannot be.
     """
     if not entry.metadata["path"] or not value:
         return value
     if isinstance(value, list):
         return [located(entry, part) for part in value]
     check_path(value, entry.name)
-    if entry.name == "policy" and not is_folder_name(value):
+    if entry.name in ("policy", "safety_classifier") and not is_folder_name(value):
         return value
     if entry.name == "accelerate_config" and (REPO_ROOT / value).is_file():
         return value

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['ADVANTAGES', 'CUT_REPLIES', 'group_advantage', 'leave_one_out_advantage', 'max_at_k_advantage', 'reward_advantages',
-           'weighted_rewards', 'scorable_advantages', 'in_groups', 'diversity_credits', 'rms_scaled',
+           'weighted_rewards', 'scorable_advantages', 'in_groups', 'group_diversity', 'diversity_credits', 'rms_scaled',
            'less_other_groups', 'scaled_credit', 'combined_advantages', 'check_cut_replies', 'without_cut']
 
 # %% ../../nbs/train/01_advantages.ipynb #c002
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import comb
 
 import numpy as np
 
-from ..text.diversity import SetFunction, diversity_and_credit
+from ..text.diversity import SetFunction, diversity_and_credit, set_diversity
 
 # %% ../../nbs/train/01_advantages.ipynb #c004
 def _checked(rewards: np.ndarray) -> np.ndarray:
@@ -122,6 +122,23 @@ def in_groups(texts: Sequence[str], size: int) -> list[Sequence[str]]:
     return [texts[start : start + size] for start in range(0, len(texts), size)]
 
 
+def group_diversity(texts: Sequence[str], size: int, metric: str | SetFunction = "self_bleu",
+                    left_out: np.ndarray | None = None) -> np.ndarray:
+    """D of each group, (groups,), as `diversity_credits` has it, without the work that the credits are."""
+    return np.array([set_diversity(group, metric) if len(group) > 1 else np.nan
+                     for group in (_kept(*pair) for pair in _with_members(texts, size, left_out))])
+
+
+def _with_members(texts: Sequence[str], size: int, left_out: np.ndarray | None) -> Iterator[tuple]:
+    """Each group of `size` texts with (size,) bools, which of them are members."""
+    keep = np.ones(len(texts), dtype=bool) if left_out is None else ~np.asarray(left_out, dtype=bool)
+    return zip(in_groups(texts, size), keep.reshape(-1, size), strict=True)
+
+
+def _kept(group: Sequence[str], members: np.ndarray) -> list[str]:
+    return [text for text, member in zip(group, members, strict=True) if member]
+
+
 def diversity_credits(texts: Sequence[str], size: int, metric: str | SetFunction = "self_bleu",
                       left_out: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """D of each group of `size` consecutive texts, (groups,), and K (D(Y) - D(Y without i)), (groups, K).
@@ -129,12 +146,10 @@ def diversity_credits(texts: Sequence[str], size: int, metric: str | SetFunction
     metric: see `set_diversity`. left_out: (n,) bools (None: none), texts that are no members of their groups: their
     credit is 0 and K counts the others. A group of fewer than two has D = NaN and no credit.
     """
-    keep = np.ones(len(texts), dtype=bool) if left_out is None else ~np.asarray(left_out, dtype=bool)
     diversity, credit = np.full(len(texts) // size, np.nan), np.zeros((len(texts) // size, size))
-    for index, (group, members) in enumerate(zip(in_groups(texts, size), keep.reshape(-1, size), strict=True)):
+    for index, (group, members) in enumerate(_with_members(texts, size, left_out)):
         if (n := int(members.sum())) > 1:
-            kept = [text for text, member in zip(group, members, strict=True) if member]
-            diversity[index], own = diversity_and_credit(kept, metric)
+            diversity[index], own = diversity_and_credit(_kept(group, members), metric)
             credit[index, members] = n * own
     return diversity, credit
 

@@ -140,9 +140,9 @@ def tidy_log(history: list[dict]) -> pd.DataFrame:
 
     reward in the reward's units (mean over all replies of the step); kl in nats per reply (k3 estimator summed over
     tokens, against the warm start); policy_loss and supervised_loss before their weights (policy_loss holds beta and
-    lam already, inside its advantages); diversity the mean D of the step's groups; clipped_share of the advantages;
-    reference_cut_share of the references that max_length cut; entropy in nats per token; *_share in [0, 1];
-    mean_length in tokens.
+    lam already, inside its advantages); diversity the mean D of the step's groups (of the replies that are not masked,
+    NaN where no group has two); clipped_share of the advantages; reference_cut_share of the references that max_length
+    cut; entropy in nats per token; *_share in [0, 1]; mean_length in tokens.
     """
     rows = [{"step": int(entry["step"]), **{ours: entry.get(theirs) for ours, theirs in _LOGGED.items()}}
             for entry in history if "loss" in entry]

@@ -20,13 +20,13 @@ from peft import PeftModel
 from trl import GRPOConfig
 
 from ..policy.sampling import clean_text
-from ..text.diversity import DIVERSITY_METRICS, SetFunction, set_diversity
+from ..text.diversity import DIVERSITY_METRICS, SetFunction
 from grpo_engage.train.advantages import (
     ADVANTAGES,
     check_cut_replies,
     combined_advantages,
     diversity_credits,
-    in_groups,
+    group_diversity,
     less_other_groups,
     scaled_credit,
     scorable_advantages,
@@ -232,8 +232,7 @@ class ReplyTrainer(ReferenceTrainer):
             return self._references(inputs, size)
         output = super()._generate_and_score_completions(inputs)
         if not self.objective.lam:  # nobody asks for it, but a collapse should be seen
-            groups = [set_diversity(group, self.diversity_metric) for group in in_groups(self._scored[1], size)]
-            self._now["diversity"].append(float(np.mean(groups)))
+            self._log_diversity(group_diversity(self._scored[1], size, self.diversity_metric, self._left_out))
         if not self.is_stock:
             output["advantages"] = self._combined_advantages(output["advantages"], size)
         return output | (self._references(inputs, size) if self.objective.alpha else {})
@@ -269,12 +268,20 @@ class ReplyTrainer(ReferenceTrainer):
     def _scaled(self, credit: np.ndarray) -> np.ndarray:
         return credit if self.exact else scaled_credit(credit, self.rms_floor)
 
+    @property
+    def _left_out(self) -> np.ndarray | None:
+        return self._cut if self.cut_replies == "mask" else None
+
+    def _log_diversity(self, diversity: np.ndarray) -> None:
+        """The mean over groups; NaN, which is no 0, where none has two replies that count."""
+        known = diversity[np.isfinite(diversity)]
+        self._now["diversity"].append(float(np.mean(known)) if len(known) else np.nan)
+
     def _diversity_credit(self, size: int) -> np.ndarray | None:
         if not self.objective.lam:
             return None
-        diversity, credit = diversity_credits(self._scored[1], size, self.diversity_metric,
-                                              self._cut if self.cut_replies == "mask" else None)
-        self._now["diversity"].append(float(np.nanmean(diversity)) if np.isfinite(diversity).any() else 0.0)
+        diversity, credit = diversity_credits(self._scored[1], size, self.diversity_metric, self._left_out)
+        self._log_diversity(diversity)
         self._now["diversity_credit_rms"].append(float(np.sqrt(np.mean(credit**2))))
         return self._scaled(credit)
 
