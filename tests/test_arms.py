@@ -132,7 +132,7 @@ def test_a_pass_indicator_is_what_training_sees(base, pairs, tmp_path):
 
     trainer = make_trainer(base, pairs, tmp_path, objective=Objective(0.0, 1.0, 0.0), reward=noted, max_steps=1,
                            learning_rate=1e-3, posts_per_step=4, num_generations=4, max_new_tokens=12,
-                           reward_pass_threshold=0.35)
+                           reward_pass_threshold=0.35, cut_replies="keep")
     trainer.train()
     passes = np.array(scored) >= 0.35
     assert 0 < passes.mean() < 1

@@ -172,7 +172,7 @@ def test_what_is_saved_is_what_was_trained_and_not_its_frozen_copy(run_dir, base
 
     train_grpo(base, pairs["tweet"], lambda posts, replies: np.arange(len(replies), dtype=float), tmp_path,
                warm_start=run_dir / "train" / "baseline" / "seed0" / "adapter", max_steps=1, learning_rate=1e-2,
-               posts_per_step=2, num_generations=2, max_new_tokens=4, callbacks=[kept := Keep()])
+               posts_per_step=2, num_generations=2, max_new_tokens=4, callbacks=[kept := Keep()], cut_replies="keep")
     saved, now = load_adapted(base, tmp_path / "adapter")[0].state_dict(), kept.weights
     names = [name for name in saved if ".default." in name]
     assert names and all(torch.equal(saved[name], now[name]) for name in names)

@@ -22,15 +22,13 @@ from .generation import COLUMNS, Job, generate_part, plan_jobs
 from .ladder import ladder_rungs, rung_scorers, write_ladder
 from .pictures import draw_figures
 from .post_metrics import metrics_by_post
-from .robustness import disagreements, mark_unshared, robustness_table
+from .robustness import disagreements, gate_notes, judge_verdict, mark_unshared, robustness_table
 from grpo_engage.evaluation.scoring import (
     allowed,
     arms_reward,
     compare_with_baseline,
     engagement_scorers,
     frozen_mark,
-    gate_notes,
-    judge_verdict,
     pass_curves,
     rung_column,
     score_replies,

@@ -11,6 +11,7 @@ __all__ = ['OWN', 'REWARD', 'TRUTH', 'temperature_of', 'mark_of', 'Cells', 'syst
 # %% ../../nbs/evaluation/10_ladder.ipynb #c002
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from ..base.plots import savefig
 from .scoring import Scorer, rung_column
 from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.reward_model import beat_probability
+from ..rewards.settings import RUNGS
 from ..stats.intervals import expanded_level
 
 # %% ../../nbs/evaluation/10_ladder.ipynb #c005
@@ -261,9 +263,15 @@ def plot_ladder(systems: pd.DataFrame) -> Figure:
 
 # %% ../../nbs/evaluation/10_ladder.ipynb #c030
 def rung_scorers(run_dir: str | Path) -> dict[str, Scorer]:
-    """The further judges of a run, by name."""
-    folders = sorted(path for path in (Path(run_dir) / "reward_model" / "ladder").glob("*") if path.is_dir())
-    return {folder.name: (EngagementRewardModel.load(folder).logits, beat_probability) for folder in folders}
+    """The further judges of a run, by name: the rungs of its ladder, the least independent first, and the judge itself
+    without its term of length, where it has one."""
+    models, found = Path(run_dir) / "reward_model", {}
+    for name in (rung for rung in RUNGS if (models / "ladder" / rung).is_dir()):
+        found[name] = EngagementRewardModel.load(models / "ladder" / name).logits, beat_probability
+    judge = EngagementRewardModel.load(models / "judge") if found else None
+    if judge is not None and judge.options.get("n_length"):
+        found["judge_without_length"] = partial(judge.logits, with_length=False), beat_probability
+    return found
 
 
 def ladder_rungs(judge: str, second: str, further: Sequence[str], is_simulated: bool) -> dict[str, str]:

@@ -17,8 +17,9 @@ from scipy.special import expit
 
 from ..base.core import atomic_folder, child_seed, read_json, write_json
 from .encoder_tuning import TunedMiniLMBackbone, tuning_halves
+from .language_states import StatesBackbone
 from .pairwise import CONTROLS, build_network, pair_features, train_network, training_pairs
-from .text_evidence import TextEvidence
+from .text_evidence import LENGTH_KNOTS, LengthEvidence, TextEvidence
 from ..text.embedding import BACKBONES, SentenceBackbone
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005-3
@@ -44,7 +45,8 @@ def _label_table(labels: pd.DataFrame | Sequence[float], n_replies: int) -> pd.D
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} labels are NaN or infinite (the first "
                          f"at position {int(np.argmin(np.isfinite(values)))}); leave out those with unknown likes")
     if len(values) == 0 or np.ptp(values) == 0:
-        raise ValueError(f"the {len(values)} labels are all equal: nothing tells a good reply from a bad one")
+        raise ValueError(f"the {len(values)} labels are all equal: nothing tells a good reply from a bad one; "
+                         "collect more replies per post")
     return table
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005-7
@@ -115,7 +117,7 @@ def _restored_networks(tensors: dict[str, np.ndarray], n_features: int, options:
     """options["members"] networks with the weights of `_network_tensors`, ready to score."""
     networks = []
     for member in range(options["members"]):
-        network = build_network(n_features, options["hidden_size"], options["dropout"])
+        network = build_network(n_features, options["hidden_size"], options["dropout"], options.get("n_length", 0))
         network.load_state_dict({name.removeprefix(f"network.{member}."): torch.from_numpy(value)
                                  for name, value in tensors.items() if name.startswith(f"network.{member}.")})
         networks.append(network.eval())
@@ -133,7 +135,7 @@ def _saved(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     return config, tensors
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005-22b
-ALL_BACKBONES = BACKBONES | {TunedMiniLMBackbone.name: TunedMiniLMBackbone}
+ALL_BACKBONES = BACKBONES | {backbone.name: backbone for backbone in (TunedMiniLMBackbone, StatesBackbone)}
 
 
 def build_backbone(name: str, options: dict | None = None):
@@ -158,6 +160,8 @@ class EngagementRewardModel:
     "minilm+hashing", or "minilm-lora" (the encoder tuned on half of the posts, the networks on the other half;
     backbone_options: rank, layers, epochs, learning_rate, max_tokens); "sentence:ID" (any frozen sentence encoder);
     "causal:ID" (a causal language model, trained as minilm-lora is; backbone_options: see `CausalBackbone`).
+    "states" (a language model fitted on the pairs of `fit`). evidence: "text" (`TextEvidence`), or "length" (a bounded
+    term of length alone, for a judge that shares no feature with the reward).
     hidden_size: 0 is linear. control: how circumstances are kept out of the labels (`pairwise.CONTROLS`); "auto" is
     "offset" where the labels have a column expected, else "residual". members: networks in the ensemble. Computes in
     float32 on the CPU; only the sentence encoder uses a GPU. Nothing here reads engagement or authors after `fit`.
@@ -165,11 +169,17 @@ class EngagementRewardModel:
 
     def __init__(self, backbone: str = "hashing", hidden_size: int = 128, dropout: float = 0.3,
                  learning_rate: float = 1e-3, weight_decay: float = 0.05, epochs: int = 8, min_gap: float = 0.25,
-                 members: int = 3, control: str = "auto", backbone_options: dict | None = None):
+                 members: int = 3, control: str = "auto", backbone_options: dict | None = None, evidence: str = "text",
+                 n_length: int = 0):
+        if evidence not in ("text", "length"):
+            raise ValueError(f"evidence is {evidence!r}; it must be text or length")
         self.options = _checked({"hidden_size": hidden_size, "dropout": dropout, "learning_rate": learning_rate,
                                  "weight_decay": weight_decay, "epochs": epochs, "min_gap": min_gap,
                                  "members": members, "control": control})
-        self.backbone, self.evidence = build_backbone(backbone, backbone_options), TextEvidence()
+        if evidence == "length":
+            self.options |= {"evidence": evidence, "n_length": len(LENGTH_KNOTS)}
+        self.backbone = build_backbone(backbone, backbone_options)
+        self.evidence = TextEvidence() if evidence == "text" else LengthEvidence()
         self.networks: list[torch.nn.Sequential] = []
         self.factors: list[float] = []  # calibration of each member
         self.center = self.scale = np.zeros(0, dtype=np.float32)
@@ -188,7 +198,11 @@ class EngagementRewardModel:
         """
         found = self.pairs_to_learn(pairs, labels, seed)
         posts, replies = pairs["tweet"].tolist(), pairs["reply"].tolist()
-        self.backbone.fit([*posts, *replies], child_seed(seed, "backbone") % 2**31)
+        own = child_seed(seed, "backbone") % 2**31
+        if hasattr(self.backbone, "fit_pairs"):
+            self.backbone.fit_pairs(posts, replies, own)
+        else:
+            self.backbone.fit([*posts, *replies], own)
         if hasattr(self.backbone, "tune"):
             first, found = tuning_halves(found, seed)
             self.backbone.tune(posts, replies, first, child_seed(seed, "tuning"))
@@ -227,10 +241,17 @@ class EngagementRewardModel:
             raise ValueError("the reward model is not trained: call fit(pairs, labels) or EngagementRewardModel.load")
         return _member_logits(self.networks, self.factors, self.features(posts, replies))
 
-    def logits(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
+    def logits(self, posts: Sequence[str], replies: Sequence[str], with_length: bool = True) -> np.ndarray:
         """Bradley–Terry scores (n,) float64, unbounded: differences are log-odds between replies to one post. The mean
-        over the ensemble. Raises as `member_logits`."""
-        return self.member_logits(posts, replies).mean(axis=0)
+        over the ensemble. with_length: False leaves the term of length out (ValueError where it is none of its own).
+        Raises as `member_logits`."""
+        if with_length:
+            return self.member_logits(posts, replies).mean(axis=0)
+        if not (n_length := self.options.get("n_length", 0)):
+            raise ValueError("this model has no term of length that could be left out: its evidence is 'text'")
+        features = self.features(posts, replies)
+        features[:, -n_length:] = 0
+        return self.logits_of(features)
 
     def logits_of(self, features: torch.Tensor) -> np.ndarray:
         """`logits` from what `features` returned: several models on one set of features read the texts once."""

@@ -6,6 +6,7 @@
 __all__ = ['beat_probability', 'CombinedReward', 'reward_model_stage']
 
 # %% ../../nbs/03_reward_model.ipynb #c002
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -148,16 +149,21 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
         manifest["warnings"] = report["notes"]  # said already by the stage heuristic_reward
         say(f"labels: {int(labels['reference'].sum())} references of {len(labels)} replies; {report['method']}, "
             f"dispersion {report['dispersion']:.2f}")
-        models = {"reward": EngagementRewardModel(given.reward_backbone, **given.model_options()),
-                  "judge": EngagementRewardModel(given.judge_backbone, **given.model_options())}
+        models = {"reward": EngagementRewardModel(given.reward_backbone, **given.model_options())}
+        models |= {name: EngagementRewardModel(backbone, evidence=evidence, **given.model_options())
+                   for name, (backbone, evidence) in given.judges().items()}
+        shutil.rmtree(folder / "ladder", ignore_errors=True)  # of an earlier choice
+        manifest["warnings"] += ["the judge shares features with the reward (shared_features): for studies only"
+                                 ] if given.shared_features else []
         known = np.isfinite(labels["engagement"])
         for name, model in models.items():
-            chosen = (pairs["split"] == name) & known
+            split = "reward" if name == "reward" else "judge"
+            chosen = (pairs["split"] == split) & known
             try:
                 model.fit(pairs[chosen], labels.loc[chosen, ["residual", "engagement", "expected"]],
                           child_seed(seed, name))
             except ValueError as error:
-                raise ValueError(f"split {name!r} of {source}: {error}") from error
+                raise ValueError(f"split {split!r} of {source}: {error}") from error
             model.save(folder / name)
             say(f"{name}: {model.facts['n_pairs']} pairs of {model.facts['n_posts']} posts, held-out loss "
                 f"{model.facts['held_out_loss']:.3f} in epoch {model.facts['best_epoch']:.1f}")
@@ -167,12 +173,13 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
             raise ValueError(f"{source}: no row is in the split {validate_on!r}; give the data stage more "
                              "conversations")
         posts, replies, reward = held["tweet"].tolist(), held["reply"].tolist(), models["reward"]
-        features = {name: model.features(posts, replies) for name, model in models.items()}
-        logits = {name: model.logits_of(features[name]) for name, model in models.items()}
+        features = {name: models[name].features(posts, replies) for name in ("reward", "judge")}
+        logits = {name: models[name].logits_of(features[name]) for name in features}
+        further = {name: model.logits(posts, replies) for name, model in models.items() if name not in features}
         heuristic = pd.read_parquet(heuristic_scores, columns=["row", "score"]).set_index("row")["score"]
         everything, context = _in_context(run_dir, pairs, pairs[chosen], logits["reward"], labels, reward,
                                           report["dispersion"], seed)
-        scores = logits | {
+        scores = logits | further | {
             "heuristic": heuristic.loc[held["row"]].to_numpy(), "length": held["reply"].str.len().to_numpy(dtype=float),
             "tfidf_ridge": tfidf_ridge(pairs[train], labels.loc[train, "engagement"].to_numpy(), replies),
             "naive_regression": naive_regression(reward.training_features[:20_000].numpy(),

@@ -34,7 +34,7 @@ from grpo_engage.run.graph import (
     say_changes,
     stage_folder,
 )
-from .runner import LIBRARIES, failure_message, run_stage, snakemake
+from .runner import LIBRARIES, failure_message, listed_verdicts, run_stage, snakemake
 from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
 
 # %% ../../nbs/run/02_cli.ipynb #c004
@@ -74,9 +74,9 @@ def is_busy(run_dir: Path) -> bool:
 # %% ../../nbs/run/02_cli.ipynb #c013
 def run_status(run_dir: Path) -> dict:
     """One run in a line: preset, status, minutes, the gate's verdicts, and Pass@10 of each arm where it is known."""
-    config = read_json(run_dir / "config.json") if (run_dir / "config.json").exists() else None
-    if config is None:
+    if not (run_dir / "config.json").exists():
         return {"run": run_dir.name, "status": "empty"}
+    config = read_json(run_dir / "config.json")
     paths = [stage_folder(run_dir, *job) / "manifest.json" for job in jobs(config)]
     records = [read_json(path) if path.exists() else {"status": "waiting"} for path in paths]
     states = [record["status"] for record in records]
@@ -91,11 +91,7 @@ def run_status(run_dir: Path) -> dict:
         status = f"running ({states.count('completed')}/{len(states)})"
     row = {"run": run_dir.name, "preset": config["preset"], "status": status,
            "minutes": round(sum(record.get("wall_seconds", 0) for record in records) / 60, 1)}
-    validation = run_dir / "reward_model" / "validation.json"
-    if validation.exists():
-        verdicts = read_json(validation).get("verdicts")  # an older version's has none: one run must not hide others
-        row |= {name: found["verdict"] for name, found in verdicts.items()} if verdicts else {
-            "reward": "no verdict: run the stage reward_model again"}
+    row |= listed_verdicts(run_dir)
     metrics = run_dir / "evaluation" / "metrics.csv"
     if metrics.exists():
         table = pd.read_csv(metrics)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIBRARIES', 'stale_modules', 'NotebookFailure', 'ProgressFilter', 'ThisInterpreter', 'execute_notebook',
            'refuse_stale_modules', 'remove_results', 'note_what_it_was_made_from', 'run_stage', 'snakemake',
-           'failure_message']
+           'failure_message', 'listed_verdicts']
 
 # %% ../../nbs/run/01_runner.ipynb #c002
 import itertools
@@ -248,3 +248,12 @@ def failure_message(run_dir: Path, config: dict, said: str) -> str:
             return f"error: {record.get('error')}"
     check_writable(run_dir)
     return "error: the run stopped outside a stage. Snakemake says:\n  " + "\n  ".join(said.splitlines()[-15:])
+
+# %% ../../nbs/run/01_runner.ipynb #v002
+def listed_verdicts(run_dir: Path) -> dict[str, str]:
+    """Model -> the gate's verdict on it; {} before the stage reward_model. One old run must not hide the others."""
+    path = Path(run_dir) / "reward_model" / "validation.json"
+    verdicts = read_json(path).get("verdicts") if path.exists() else {}
+    if verdicts is None:
+        return {"reward": "no verdict: run the stage reward_model again"}
+    return {name: found["verdict"] for name, found in verdicts.items()}
