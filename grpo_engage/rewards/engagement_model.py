@@ -18,21 +18,15 @@ from scipy.special import expit
 from ..base.core import atomic_folder, child_seed, read_json, write_json
 from .encoder_tuning import TunedMiniLMBackbone, tuning_halves
 from .language_states import StatesBackbone
-from .pairwise import CONTROLS, build_network, pair_features, train_network, training_pairs
-from .text_evidence import LENGTH_KNOTS, LengthEvidence, TextEvidence
+from grpo_engage.rewards.pairwise import (
+    build_network,
+    checked_options,
+    pair_features,
+    train_network,
+    training_pairs,
+)
+from .text_evidence import LENGTH_KNOTS, build_evidence
 from ..text.embedding import BACKBONES, SentenceBackbone
-
-# %% ../../nbs/rewards/06_engagement_model.ipynb #c005-3
-def _checked(options: dict) -> dict:
-    """`options` of the networks as they are; ValueError for one out of its range."""
-    if (options["epochs"] < 1 or options["members"] < 1 or options["hidden_size"] < 0
-            or not 0 <= options["dropout"] < 1 or options["learning_rate"] <= 0):
-        raise ValueError("epochs ({epochs}) and members ({members}) must be at least 1, hidden_size ({hidden_size}) at "
-                         "least 0, dropout ({dropout}) in [0, 1) and learning_rate ({learning_rate}) above 0".format(
-                             **options))
-    if options["control"] not in ("auto", *CONTROLS):
-        raise ValueError(f"control is {options['control']!r}; it must be auto or one of {', '.join(CONTROLS)}")
-    return options
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005-5
 def _label_table(labels: pd.DataFrame | Sequence[float], n_replies: int) -> pd.DataFrame:
@@ -149,8 +143,7 @@ def build_backbone(name: str, options: dict | None = None):
         from grpo_engage.rewards.causal_reward import CausalBackbone  # TRL takes seconds to import
 
         return CausalBackbone(model, **(options or {}))
-    raise ValueError(f"backbone is {name!r}; known are {', '.join(sorted(ALL_BACKBONES))}, sentence:ID and causal:ID "
-                     "(a folder or a Hub id)")
+    raise ValueError(f"backbone is {name!r}; known are {', '.join(sorted(ALL_BACKBONES))}, sentence:ID and causal:ID")
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005
 class EngagementRewardModel:
@@ -171,15 +164,13 @@ class EngagementRewardModel:
                  learning_rate: float = 1e-3, weight_decay: float = 0.05, epochs: int = 8, min_gap: float = 0.25,
                  members: int = 3, control: str = "auto", backbone_options: dict | None = None, evidence: str = "text",
                  n_length: int = 0):
-        if evidence not in ("text", "length"):
-            raise ValueError(f"evidence is {evidence!r}; it must be text or length")
-        self.options = _checked({"hidden_size": hidden_size, "dropout": dropout, "learning_rate": learning_rate,
+        self.options = checked_options({"hidden_size": hidden_size, "dropout": dropout, "learning_rate": learning_rate,
                                  "weight_decay": weight_decay, "epochs": epochs, "min_gap": min_gap,
                                  "members": members, "control": control})
         if evidence == "length":
             self.options |= {"evidence": evidence, "n_length": len(LENGTH_KNOTS)}
         self.backbone = build_backbone(backbone, backbone_options)
-        self.evidence = TextEvidence() if evidence == "text" else LengthEvidence()
+        self.evidence = build_evidence(evidence)
         self.networks: list[torch.nn.Sequential] = []
         self.factors: list[float] = []  # calibration of each member
         self.center = self.scale = np.zeros(0, dtype=np.float32)

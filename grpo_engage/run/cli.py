@@ -92,8 +92,7 @@ def run_status(run_dir: Path) -> dict:
     row = {"run": run_dir.name, "preset": config["preset"], "status": status,
            "minutes": round(sum(record.get("wall_seconds", 0) for record in records) / 60, 1)}
     row |= listed_verdicts(run_dir)
-    metrics = run_dir / "evaluation" / "metrics.csv"
-    if metrics.exists():
+    if (metrics := run_dir / "evaluation" / "metrics.csv").exists():
         table = pd.read_csv(metrics)
         row |= {f"pass@10 {arm}": round(group.value.mean(), 3)
                 for arm, group in table[table.metric == "pass@10"].groupby("arm", sort=False)}
