@@ -47,7 +47,7 @@ class Scoring(Settings):
 
     def check(self) -> None:
         if self.safety_labels and not self.safety_classifier:
-            raise ValueError(f"safety_labels = {self.safety_labels} are labels of a safety_classifier, and none is given")
+            raise ValueError(f"safety_labels = {self.safety_labels} are those of a safety_classifier, none is given")
 
 # %% ../../nbs/evaluation/09_settings.ipynb #c011
 RIVALS = ("prompted", "real", "best_of_n")  # switched on by name; temperatures and files are lists of their own
