@@ -130,7 +130,8 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     rungs = rung_scorers(run_dir)
     scorers |= {"second_judge": second} | {rung_column(name): scorer for name, scorer in rungs.items()}
     training = pairs.loc[pairs["split"] == "policy", "reply"].tolist()
-    classifier = SafetyClassifier(given.safety_classifier, given.safety_labels) if given.safety_classifier else None
+    named = given.safety_classifier, given.safety_labels
+    classifier = SafetyClassifier(*named) if given.safety_classifier else None
     safety = {"sources": classifier.sources() if classifier else SAFETY_SOURCES,
               "classifier": classifier.facts() if classifier else None}
 

@@ -45,6 +45,10 @@ class Scoring(Settings):
     n_boot: int = setting(2000, "bootstrap resamples behind each interval", low=100, high=100000)
     seed: int = setting(0, "chooses the posts and drives sampling and bootstrap")
 
+    def check(self) -> None:
+        if self.safety_labels and not self.safety_classifier:
+            raise ValueError(f"safety_labels = {self.safety_labels} are those of a safety_classifier, none is given")
+
 # %% ../../nbs/evaluation/09_settings.ipynb #c011
 RIVALS = ("prompted", "real", "best_of_n")  # switched on by name; temperatures and files are lists of their own
 
