@@ -155,7 +155,7 @@ def test_every_parameter_that_names_files_says_so():
     named = {name for stage in STAGES for name, entry in user_parameters(stage).items() if entry.metadata["path"]}
     told = {name for stage in STAGES for name, entry in user_parameters(stage).items()
             if {"file", "files", "folder", "paths"} & set(entry.metadata["help"].replace(".", " ").split())}
-    assert named == told and named == {"data_path", "policy", "accelerate_config", "arm_files"}
+    assert named == told and named == {"data_path", "policy", "accelerate_config", "arm_files", "safety_classifier"}
 
 
 def test_a_name_of_a_model_or_of_our_own_file_stays_one(tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
         named["accelerate_config"] = REPO_ROOT / given["accelerate_config"]
     elif stage == "evaluation":
         named |= {f"arm_files: {Path(path).name}": path for path in given.get("arm_files", ())}
-        if is_folder_name(given.get("safety_classifier", "")):
+        if given.get("safety_classifier") and is_folder_name(given["safety_classifier"]):
             named["safety_classifier"] = given["safety_classifier"]
     elif stage == "paper":
         named |= {f"paper/{name}": REPO_ROOT / "paper" / name for name in ("main.tex", "references.bib")}
