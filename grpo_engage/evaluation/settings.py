@@ -40,7 +40,7 @@ class Scoring(Settings):
     judge: str = setting("auto", "who judges: gold is the simulator's truth, auto takes it where there is one",
                          choices=JUDGES)
     safety_classifier: str = setting(
-        "", "Hub id or folder of a text-classification model for insults and profanity; empty: word lists", path=True)
+        "", "Hub id or folder of a classifier of insults, profanity; empty: word lists", path=True)
     safety_labels: list = setting([], "its labels that stand for harm; empty: those whose names say so")
     n_boot: int = setting(2000, "bootstrap resamples behind each interval", low=100, high=100000)
     seed: int = setting(0, "chooses the posts and drives sampling and bootstrap")

@@ -130,7 +130,8 @@ def text_columns(pairs: pd.DataFrame, fit_rows: np.ndarray) -> pd.DataFrame:
     except ValueError:  # scikit-learn's word for: no word stands in five replies
         known = None
     if known is not None and known.shape[1] > TEXT_COMPONENTS:
-        svd = TruncatedSVD(TEXT_COMPONENTS, random_state=0).fit(known)
+        size = max(1, min(TEXT_COMPONENTS, pairs.loc[fit_rows, "conversation_id"].nunique() // 10))  # ten posts each
+        svd = TruncatedSVD(size, random_state=0).fit(known)
         found |= {f"words_{i}": column for i, column in enumerate(svd.transform(words.transform(replies)).T)}
     table = pd.DataFrame(found, index=pairs.index).astype(float)
     spread = table[fit_rows].std()
