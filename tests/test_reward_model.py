@@ -532,9 +532,27 @@ def test_context_features_take_nulls_and_odd_meta():
     table["reply_author_followers"] = None
     table["meta"] = [None, "", '{"flag": true, "n": 3, "name": "x"}', {"n": 2.5}] * (len(table) // 4) + [None] * (
         len(table) % 4)
-    found = context_features(table)
-    assert found.log_followers.isna().all() and found.meta_n.dropna().isin([3, 2.5]).all()
-    assert "meta_name" not in found and set(found.meta_flag.dropna()) == {1.0}
+    found = context_features(table, ("followers", "meta.n", "meta.flag"))
+    assert found.log_followers.isna().all() and np.expm1(found.meta_n.dropna()).round(9).isin([3, 2.5]).all()
+    assert "meta_name" not in found and set(np.expm1(found.meta_flag.dropna()).round(9)) == {1.0}
+    assert not [name for name in context_features(table) if name.startswith("meta")]  # what nobody named plays no part
+
+
+def test_a_score_beside_the_likes_is_refused_where_it_is_named_and_plays_no_part_where_not(tmp_path):
+    """A dump of a forum holds the score twice; before, it made likes predictable at a correlation of .997."""
+    pairs = simulate_pairs(160, 7)
+    pairs["meta"] = [json.dumps({"score": int(likes)}) for likes in pairs["reply_likes"]]
+    pairs["source"] = "forum"
+    pairs.to_json(tmp_path / "forum.jsonl", orient="records", lines=True)
+    data.data_stage(tmp_path, source="file", data_path=str(tmp_path / "forum.jsonl"))
+    heuristic_reward.heuristic_reward_stage(tmp_path)
+    with pytest.raises(ValueError, match="covariate 'meta_score' orders 100.0% of .* mend the file"):
+        reward_model_stage(tmp_path, covariates=["followers", "meta.score"], epochs=1, members=1)
+    found = reward_model_stage(tmp_path, epochs=1, members=1)
+    assert found["deconfounding"]["covariates"] == ["followers", "delay", "order"]
+    assert found["accuracy"]["everything"]["clear"]["estimate"] < 0.9
+    warnings = read_json(tmp_path / "reward_model" / "manifest.json")["warnings"]
+    assert not [note for note in warnings if "too good" in note]
 
 
 def test_expected_likes_are_the_mean_of_many_draws():

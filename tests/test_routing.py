@@ -268,7 +268,7 @@ def test_what_the_reward_is_compared_with_has_not_seen_validation_either(run_dir
     labels, seen = reward_model._label(pairs, 1.0, 0.5)[0], []
 
     class Context:
-        def fit(self, rows, logits, counts, seed):
+        def fit(self, rows, logits, counts, seed, names):
             seen.append(set(rows["split"]))
             return self
 

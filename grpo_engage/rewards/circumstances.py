@@ -56,7 +56,7 @@ def covariates(pairs: pd.DataFrame, names: Sequence[str] = COVARIATES) -> pd.Dat
         elif name == "order":
             delay = pd.Series(pairs["reply_time_diff_seconds"].to_numpy(dtype=float, na_value=np.nan), pairs.index)
             found["log_order"] = np.log(delay.groupby(pairs["conversation_id"]).rank()).to_numpy()
-        elif name.startswith("meta.") and "meta" in pairs:
+        elif str(name).startswith("meta.") and "meta" in pairs:
             column = _meta_numbers(pairs["meta"], name.removeprefix("meta."))
             if not np.isfinite(column).any():
                 raise ValueError(f"covariate {name!r}: no row has a number of this name in its column meta; take it "

@@ -6,31 +6,24 @@
 __all__ = ['context_features', 'ContextModel', 'drawn_ceiling', 'naive_regression']
 
 # %% ../../nbs/rewards/02_context_model.ipynb #c002
-import json
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from ..base.core import child_seed
-from .circumstances import covariates
+from .circumstances import COVARIATES, covariates
 
 # %% ../../nbs/rewards/02_context_model.ipynb #c005
-def context_features(pairs: pd.DataFrame) -> pd.DataFrame:
+def context_features(pairs: pd.DataFrame, names: Sequence[str] = COVARIATES) -> pd.DataFrame:
     """Circumstances of each reply, (n, columns) float64, NaN where unknown; the text is not among them.
 
-    pairs: rows of the schema; `meta` may hold JSON text or mappings, of which numbers and booleans are used.
+    pairs: rows of the schema; names: see `covariates`. What nobody named plays no part: a file's `meta` may hold the
+    likes once more.
     """
-    table = covariates(pairs)
-    meta = pairs["meta"] if "meta" in pairs else pd.Series([None] * len(pairs), index=pairs.index)
-    parsed = [json.loads(entry) if isinstance(entry, str) and entry else entry for entry in meta]
-    names = sorted({name for entry in parsed if isinstance(entry, dict) for name, value in entry.items()
-                    if isinstance(value, (bool, int, float))} - {"broadcast"})
-    for name in names:
-        values = [entry.get(name) if isinstance(entry, dict) else None for entry in parsed]
-        table[f"meta_{name}"] = np.array([np.nan if value is None or isinstance(value, str) else float(value)
-                                          for value in values])
+    table = covariates(pairs, names)
     posts = pairs["conversation_id"]
-    for name in ("log_followers", "log_delay"):
+    for name in [name for name in ("log_followers", "log_delay") if name in table]:
         table[f"{name}_rank"] = table[name].groupby(posts).rank(pct=True)
         table[f"{name}_lead"] = table[name] - table[name].groupby(posts).transform("mean")
     table["log_replies"] = np.log(posts.groupby(posts).transform("size"))
@@ -45,14 +38,16 @@ class ContextModel:
     """
 
     def fit(self, pairs: pd.DataFrame, text_logits: np.ndarray | None, counts: np.ndarray,
-            seed: int = 0) -> "ContextModel":
+            seed: int = 0, names: Sequence[str] = COVARIATES) -> "ContextModel":
         """pairs: rows that the text model was *not* trained on; text_logits: (n,), or None to leave the text out;
-        counts: (n,) engagement, NaN where unknown. Raises: ValueError when no two counts differ."""
+        counts: (n,) engagement, NaN where unknown; names: the circumstances (see `covariates`).
+        Raises: ValueError when no two counts differ."""
         from sklearn.ensemble import HistGradientBoostingRegressor
 
         known = np.isfinite(counts)
         if known.sum() < 2 or np.ptp(counts[known]) == 0:
             raise ValueError(f"{int(known.sum())} known counts, all the same: nothing to predict")
+        self.names = tuple(names)
         features = self._features(pairs, text_logits)
         # a column that is unknown everywhere cannot be binned
         self.used = [column for column in range(features.shape[1]) if np.isfinite(features[known, column]).any()]
@@ -65,9 +60,8 @@ class ContextModel:
                 features[known][:, self.used], capped)
         return self
 
-    @staticmethod
-    def _features(pairs: pd.DataFrame, text_logits: np.ndarray | None) -> np.ndarray:
-        table = context_features(pairs)
+    def _features(self, pairs: pd.DataFrame, text_logits: np.ndarray | None) -> np.ndarray:
+        table = context_features(pairs, self.names)
         if text_logits is not None:
             logits = pd.Series(np.asarray(text_logits, dtype=float), index=pairs.index)
             table["text"] = logits

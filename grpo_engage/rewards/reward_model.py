@@ -18,11 +18,12 @@ from ..base.core import child_seed, read_json, say, stage_manifest, write_csv, w
 from ..base.plots import savefig
 from ..data.simulator import true_log_likes, world_of
 from ..data.truth import gold_of
-from .circumstances import choose_references, deconfound
+from .circumstances import COVARIATES, choose_references, covariates, deconfound
 from .context_model import ContextModel, drawn_ceiling, naive_regression
 from .engagement_model import EngagementRewardModel, shuffled_label_twins
 from .gate import gate_model, recorded_verdicts
 from .heuristic import HeuristicReward, guard_flags, language_notes
+from .leaks import refuse_copies, too_good
 from .overoptimisation import misjudged
 from .settings import RewardModelSettings
 from .unseen_exploits import unseen_exploit_table
@@ -77,10 +78,13 @@ class CombinedReward:
         return self.explain(posts, replies)["score"].to_numpy()
 
 # %% ../../nbs/03_reward_model.ipynb #c013
-def _label(pairs: pd.DataFrame, retweet_weight: float, reference_quantile: float) -> tuple[pd.DataFrame, dict]:
+def _label(pairs: pd.DataFrame, retweet_weight: float, reference_quantile: float,
+           names: Sequence[str] = COVARIATES) -> tuple[pd.DataFrame, dict]:
     """labels.parquet (row, engagement, expected, residual, reference) for all rows, and the regression's report, whose
     notes say which guards were off when the references were chosen."""
-    labels, report = deconfound(pairs, ~pairs["split"].isin(["validation", "test"]), retweet_weight)
+    fitted = ~pairs["split"].isin(["validation", "test"])
+    refuse_copies(covariates(pairs, names)[fitted], pairs[fitted])
+    labels, report = deconfound(pairs, fitted, retweet_weight, names)
     counts = count_pairs(pairs["tweet"].tolist(), pairs["reply"].tolist())
     flags = guard_flags(pairs["tweet"].tolist(), pairs["reply"].tolist(), counts)
     report["notes"] += language_notes(int((counts.english == 0).sum()), len(counts))
@@ -92,7 +96,8 @@ def _label(pairs: pd.DataFrame, retweet_weight: float, reference_quantile: float
 
 
 def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, held_logits: np.ndarray, labels: pd.DataFrame,
-                reward: EngagementRewardModel, dispersion: float, seed: int) -> tuple[np.ndarray, dict]:
+                reward: EngagementRewardModel, dispersion: float, seed: int,
+                names: Sequence[str] = COVARIATES) -> tuple[np.ndarray, dict]:
     """Engagement of the `held` replies as text and circumstances predict it, and Spearman's correlations.
 
     Trained on the splits `policy` and `judge`, whose replies the reward has not seen: its score is as blind there as on
@@ -103,8 +108,8 @@ def _in_context(run_dir: Path, pairs: pd.DataFrame, held: pd.DataFrame, held_log
     train = train.sample(min(12_000, len(train)), random_state=child_seed(seed, "context rows") % 2**32).sort_index()
     train_logits = reward.logits(train["tweet"].tolist(), train["reply"].tolist())
     counts, actual = (labels.loc[part.index, "engagement"].to_numpy() for part in (train, held))
-    predicted = ContextModel().fit(train, train_logits, counts, seed).predict(held, held_logits)
-    without = ContextModel().fit(train, None, counts, seed).predict(held, None)
+    predicted = ContextModel().fit(train, train_logits, counts, seed, names).predict(held, held_logits)
+    without = ContextModel().fit(train, None, counts, seed, names).predict(held, None)
     found = {"with_engagement": {"text": overall_spearman(held_logits, actual),
                                  "circumstances": overall_spearman(without, actual),
                                  "text_and_circumstances": overall_spearman(predicted, actual)},
@@ -144,7 +149,7 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
     folder = run_dir / "reward_model"
     with stage_manifest(folder, "reward_model", given.recorded(), [source, heuristic_scores]) as manifest:
         pairs = pd.read_parquet(source)
-        labels, report = _label(pairs, given.retweet_weight, given.reference_quantile)
+        labels, report = _label(pairs, given.retweet_weight, given.reference_quantile, given.covariates)
         write_parquet(folder / "labels.parquet", labels)
         manifest["warnings"] = report["notes"]  # said already by the stage heuristic_reward
         say(f"labels: {int(labels['reference'].sum())} references of {len(labels)} replies; {report['method']}, "
@@ -178,7 +183,7 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
         further = {name: model.logits(posts, replies) for name, model in models.items() if name not in features}
         heuristic = pd.read_parquet(heuristic_scores, columns=["row", "score"]).set_index("row")["score"]
         everything, context = _in_context(run_dir, pairs, pairs[chosen], logits["reward"], labels, reward,
-                                          report["dispersion"], seed)
+                                          report["dispersion"], seed, given.covariates)
         scores = logits | further | {
             "heuristic": heuristic.loc[held["row"]].to_numpy(), "length": held["reply"].str.len().to_numpy(dtype=float),
             "tfidf_ridge": tfidf_ridge(pairs[train], labels.loc[train, "engagement"].to_numpy(), replies),
@@ -195,6 +200,8 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
         validation["verdicts"] = {name: gate_model(name, model.logits, pairs, given.smallest_gain, seed)
                                   for name, model in models.items()}
         validation["verdict"] = validation["verdicts"]["reward"]
+        doubts = too_good({name: found["clear"] for name, found in validation["accuracy"].items()})
+        manifest["warnings"] += doubts
         write_json(folder / "validation.json", validation)
         write_csv(folder / "exploits.csv", unseen_exploit_table(
             {"learned": reward.logits, "combined": CombinedReward(reward), "judge": models["judge"].logits}, held,
@@ -205,6 +212,6 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
         manifest["counts"] = {"replies": len(pairs), "references": references.to_dict(),
                               "unknown_engagement": int((~known).sum())}
         manifest |= recorded_verdicts(validation["verdicts"])
-        for name, found in validation["verdicts"].items():
-            say(f"{name}: {found['text']}")
+        for line in [*doubts, *(f"{name}: {found['text']}" for name, found in validation["verdicts"].items())]:
+            say(line)
     return validation

@@ -61,6 +61,8 @@ class RewardModelSettings(Settings):
     retweet_weight: float = setting(1.0, "likes that one retweet counts for in the label", low=0, high=100)
     reference_quantile: float = setting(0.5, "a reference reply is at or above this quantile of its post's residuals",
                                         low=0, high=1)
+    covariates: list = setting(["followers", "delay", "order"],
+                               "circumstances, by name; meta.NAME: a number in the column meta")
     reward_backbone: str = setting("hashing", ", ".join(REWARD_BACKBONES)
                                    + ", sentence:ID or causal:ID")
     judge_backbone: str = setting("minilm", "how the judge reads them, unlike the reward", choices=JUDGE_BACKBONES)
