@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS_FOR_A_CLAIM', 'SEEDS_FOR_A_CLAIM_NANO', 'FIGURES', 'is_smoke', 'claim_statement', 'banner', 'result_sentences',
-           'training_sentences', 'figure_macros', 'metric_macros', 'parameter_macros', 'reward_macros',
-           'reward_statement', 'run_macros', 'macros_text', 'paper_stage']
+           'training_sentences', 'figure_macros', 'metric_macros', 'reading_macros', 'parameter_macros',
+           'reward_macros', 'reward_statement', 'run_macros', 'macros_text', 'paper_stage']
 
 # %% ../../nbs/09_paper.ipynb #c003
 import math
@@ -148,6 +148,18 @@ def metric_macros(run: Run) -> dict[str, str]:
     return macros
 
 
+def reading_macros(run: Run) -> dict[str, str]:
+    """`RewardReads` and `JudgeReads`, the backbones of the learned models; of a folder its name alone."""
+    chosen = run.manifests["reward_model"].get("parameters") or {}
+
+    def shown(name: str) -> str:
+        kind, colon, model = name.partition(":")
+        return f"{kind}{colon}{Path(model).name if Path(model).is_absolute() else model}"
+
+    return {f"{model.capitalize()}Reads": escape_latex(shown(chosen.get(f"{model}_backbone", "not recorded")))
+            for model in ("reward", "judge")}
+
+
 def parameter_macros(run: Run) -> dict[str, str]:
     """`ParamEvaluationTopP` and its like: every scalar parameter of every stage, and of every arm (`ParamTrainGrpoLr`).
 
@@ -216,6 +228,7 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
         "SeedList": ("seed " if n_seeds == 1 else "seeds ") + ", ".join(map(str, run.seeds)),
         "NumTestPosts": number(test.max(), 0), "SamplesPerPost": number(run.curves["k"].max(), 0),
         "PassThreshold": number(run.pass_rule["tau"]), "JudgeDescription": judged[run.pass_rule["judge"]],
+        **reading_macros(run),
         "SafetySources": escape_latex(named_sources(run.safety_sources)),
         "ToxicSource": escape_latex(run.safety_sources["guard_toxic"]),
         "ValidationPassTen": number(run.pass_rule["validation_pass_at_10"]), "ConfidenceLevel": r"95\%",
