@@ -18,7 +18,8 @@ from ..base.core import child_seed, read_json, say, stage_manifest, write_csv, w
 from ..base.plots import savefig
 from ..data.simulator import true_log_likes, world_of
 from ..data.truth import gold_of
-from .circumstances import COVARIATES, choose_references, covariates, deconfound
+from .circumstances import COVARIATES, choose_references, deconfound
+from .circumstances import covariates as covariates_of
 from .context_model import ContextModel, drawn_ceiling, naive_regression
 from .engagement_model import EngagementRewardModel, shuffled_label_twins
 from .gate import gate_model, recorded_verdicts
@@ -83,7 +84,7 @@ def _label(pairs: pd.DataFrame, retweet_weight: float, reference_quantile: float
     """labels.parquet (row, engagement, expected, residual, reference) for all rows, and the regression's report, whose
     notes say which guards were off when the references were chosen."""
     fitted = ~pairs["split"].isin(["validation", "test"])
-    refuse_copies(covariates(pairs, names)[fitted], pairs[fitted])
+    refuse_copies(covariates_of(pairs, names)[fitted], pairs[fitted])
     labels, report = deconfound(pairs, fitted, retweet_weight, names)
     counts = count_pairs(pairs["tweet"].tolist(), pairs["reply"].tolist())
     flags = guard_flags(pairs["tweet"].tolist(), pairs["reply"].tolist(), counts)
