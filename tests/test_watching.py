@@ -28,7 +28,7 @@ from grpo_engage.train.watching import Watch, WatchReplies, parting, reporting, 
 
 HYBRID = Objective(0.3, 0.5, 0.2)
 FEW = dict(max_steps=4, learning_rate=1e-3, posts_per_step=2, num_generations=4, micro_batch_size=4, max_new_tokens=12,
-           save_steps=2, kl_weight=0.02)
+           save_steps=2, kl_weight=0.02, cut_replies="keep")  # 12 tokens cut most; unfinished ones count here, as shown
 
 
 class KillLogging(TrainerCallback):

@@ -39,8 +39,8 @@ def _label_table(labels: pd.DataFrame | Sequence[float], n_replies: int) -> pd.D
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} labels are NaN or infinite (the first "
                          f"at position {int(np.argmin(np.isfinite(values)))}); leave out those with unknown likes")
     if len(values) == 0 or np.ptp(values) == 0:
-        raise ValueError(f"the {len(values)} labels are all equal: nothing tells a good reply from a bad one; "
-                         "collect more replies per post")
+        raise ValueError(f"the {len(values)} labels are all equal: no post has two replies of which one did "
+                         "better; collect more replies per post")
     return table
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005-7
