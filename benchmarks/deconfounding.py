@@ -10,6 +10,10 @@ The three fits are written out here, smaller than the stage's own, so that the f
 
 The fitted coefficients shrink as confounding grows, because a bag of the reply's n-grams knows only a part of gold and
 circumstances stand in for the rest; with gold itself beside them the true ones come back (the test of this file).
+
+Beside them stand the coefficients of the package's own fit (`package_...`, with intervals: `rewards/circumstances` and
+its text columns), and `package_inside`: whether the true one lies in the interval. `no_text_...` is the same without
+text columns, `gold_...` the same with gold as the only text column: what is lost between them is what text is unknown.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from grpo_engage.data.simulator import LIKES, World, simulate_pairs
 from grpo_engage.data.truth import GOLDS, gold_of
+from grpo_engage.rewards.circumstances import deconfound
+from grpo_engage.rewards.text_columns import text_columns
 
 DIALS = {"confounding": (0.0, 0.3, 0.6), "hidden": (0.0, 0.3, 0.6), "early": (0.0, 0.3, 0.6)}
 OFF = {"confounding": 0.3, "hidden": 0.0, "early": 0.1}  # where the other dials stand: the default world
@@ -109,9 +115,24 @@ def recovered(pairs: pd.DataFrame, text: np.ndarray) -> pd.DataFrame:
                          | dict(zip(NAMES, np.mean(found[way], axis=0), strict=True)) for way in ways])
 
 
+def package_fit(pairs: pd.DataFrame, text: pd.DataFrame, world: World) -> dict:
+    """Coefficients of the package's fit with its text columns, with none, and with gold in their place."""
+    rows, found = np.ones(len(pairs), dtype=bool), {}
+    gold = pd.DataFrame({"gold": gold_of(pairs)(pairs["tweet"], pairs["reply"])}, index=pairs.index)
+    true = {"followers": LIKES["followers"], "delay": LIKES["delay"], "order": -world.early}
+    for way, columns in (("package", text), ("no_text", text[[]]), ("gold", gold)):
+        for name, row in deconfound(pairs, rows, retweet_weight=0, text=columns)[1]["intervals"].items():
+            name = name.removeprefix("log_")
+            found[f"{way}_{name}"] = row["estimate"]
+            if way != "no_text":
+                found[f"{way}_{name}_low"], found[f"{way}_{name}_high"] = row["ci_low"], row["ci_high"]
+                found[f"{way}_{name}_inside"] = row["ci_low"] <= true[name] <= row["ci_high"]
+    return found
+
+
 def turn_dials(n_conversations: int, seed: int) -> pd.DataFrame:
     """`recovered` in every world, with the true coefficients (`true_…`) beside the fitted ones."""
-    rows, text = [], None
+    rows, text, columns = [], None, None
     for gold in GOLDS:
         for dial, values in DIALS.items():
             for value in values:
@@ -122,9 +143,10 @@ def turn_dials(n_conversations: int, seed: int) -> pd.DataFrame:
                     grams = grams.fit_transform(pairs["reply"])
                     text = TruncatedSVD(min(60, grams.shape[1] - 1), random_state=seed).fit_transform(grams)
                     text /= text.std()
+                    columns = text_columns(pairs)
                 true = {"followers": LIKES["followers"], "delay": LIKES["delay"], "arrival": -world.early}
                 rows.append(recovered(pairs, text).assign(gold=gold, dial=dial, value=value, **{
-                    f"true_{name}": number for name, number in true.items()}))
+                    f"true_{name}": number for name, number in true.items()}, **package_fit(pairs, columns, world)))
     return pd.concat(rows, ignore_index=True)
 
 
