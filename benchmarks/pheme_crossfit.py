@@ -1,13 +1,15 @@
 """Text-only ways to order replies to one post, cross-fitted over all conversations of a file of pairs.
 
-    python benchmarks/pheme_crossfit.py PAIRS.jsonl.gz OUT.csv [--folds 5] [--seed 0]
+    python benchmarks/pheme_crossfit.py PAIRS.jsonl.gz OUT.csv [--folds 5] [--seed 0] [--language-model smollm2-135m]
 
 Every score is out of fold (folds are conversations). Accuracy is over clear pairs, as they are and with every post
-weighted equally; intervals resample conversations. The pair models are logistic regressions on differences of features,
-posts weighted equally; `by ratio` weights a pair by the logarithm of its ratio of likes besides. Strengths of the ridge
-are chosen by an inner fold of the training conversations. `stack` is a logistic regression of the out-of-fold scores,
-cross-fitted again with the same folds: its inputs for a training row come from models that saw the judged fold, which
-flatters it if anything. Rows are written as they come, so that a run that is stopped leaves what it had.
+weighted equally; intervals resample conversations. The pair models are logistic regressions on differences of
+features, posts weighted equally; `by ratio` weights a pair by the logarithm of its ratio of likes besides. Strengths
+of the ridge are chosen by an inner fold of the training conversations. `stack` is a logistic regression of the out-
+of-fold scores, cross-fitted again with the same folds: its inputs for a training row come from models that saw the
+judged fold, which flatters it if anything. `language model` reads the replies (up to 64 tokens, without their posts)
+with a frozen language model: the mean of its states after two thirds of its layers. Rows are written as they come, so
+that a run that is stopped leaves what it had.
 """
 
 import argparse
@@ -69,6 +71,31 @@ def cross_fitted(make, codes, fold, pairs, weight, seed, strengths=STRENGTHS) ->
     return scores
 
 
+def language_states(replies: list[str], name: str, wanted: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """Mean state of each reply's tokens after two thirds of the layers, (n, width); 0 where not `wanted` (n,)."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    from grpo_engage.policy.base_models import ensure_policy
+
+    folder = str(ensure_policy(name))
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    model.layers = model.layers[: round(len(model.layers) * 2 / 3)]
+    model.norm = torch.nn.Identity()  # belongs behind the last layer
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.pad_token or tokenizer.eos_token, "right"
+    rows = np.flatnonzero(wanted)
+    rows = rows[np.argsort([len(replies[row]) for row in rows])]
+    states = np.zeros((len(replies), model.config.hidden_size), dtype=np.float32)
+    with torch.inference_mode():
+        for part in np.array_split(rows, max(1, len(rows) // batch_size)):
+            read = tokenizer([replies[row] or " " for row in part], return_tensors="pt", padding=True, truncation=True,
+                             max_length=64)
+            mask = read["attention_mask"][..., None]
+            state = model(**read).last_hidden_state
+            states[part] = ((state * mask).sum(dim=1) / mask.sum(dim=1)).numpy()
+    return states
+
+
 def judged(way: str, scores: np.ndarray, codes, pairs, length: np.ndarray, seed: int, seconds: float) -> dict:
     """One row of the table: accuracy over clear pairs and with posts weighted equally, and gain over length."""
     correct, posts = pairwise_accuracy(scores, *pairs), codes[pairs[0]]
@@ -91,6 +118,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--language-model", default="", help="smollm2-135m or a folder; read once, ten minutes or more")
     given = parser.parse_args()
     table = read_pairs(given.pairs)[0]
     likes = engagement(table)
@@ -133,6 +161,18 @@ def main() -> None:
               "hashing": (hashing, equal, dense),
               "tuned TF-IDF": (tfidf, equal, STRENGTHS[1:]),
               "tuned TF-IDF by ratio": (tfidf, ratio, STRENGTHS[1:])}
+    if given.language_model:
+        in_pairs = np.isin(np.arange(len(replies)), np.concatenate(every))
+        states = language_states(replies, given.language_model, in_pairs)
+        say(f"{int(in_pairs.sum())} replies read by {given.language_model}")
+
+        def read(train):
+            own = train & in_pairs
+            return np.hstack([(states - states[own].mean(axis=0)) / (states[own].std(axis=0) + 1e-6),
+                              (surface - surface[own].mean(axis=0)) / (surface[own].std(axis=0) + 1e-6)])
+
+        makers |= {"language model": (read, equal, (1e-5, *dense)),
+                   "language model by ratio": (read, ratio, (1e-5, *dense))}
     found, rows = {"length": length}, [judged("length", length, codes, every, length, given.seed, 0.0)]
     for way, (make, weight, strengths) in makers.items():
         start = time.perf_counter()
