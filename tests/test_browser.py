@@ -25,7 +25,8 @@ from grpo_engage.judges.browser import (
     write_browser_html,
 )
 from grpo_engage.judges.llm_judging import draw_pairs
-from grpo_engage.judges.votes import append_vote, inspection, read_votes, update_decision, voter_agreement
+from grpo_engage.judges.outside_rungs import outside_preferences, update_decision, update_outside
+from grpo_engage.judges.votes import append_vote, inspection, read_votes, voter_agreement
 from grpo_engage.paper.pdf import build_pdf, escape_latex, latex_obstacle
 
 NASTY = ["<script>document.title='owned'</script>", "<img src=x onerror=\"document.title='owned'\">", "$x$ and $$y$$",
@@ -219,3 +220,36 @@ def test_many_votes_on_one_post_are_one_post(tmp_path):
         append_vote(tmp_path / "votes.csv", VOTE | {"voter": f"v{i}"})
     found = inspection(read_votes(tmp_path / "votes.csv"))
     assert found["n"].item() == 1 and found["ci_low"].item() < 0.1
+
+
+def test_votes_and_verdicts_are_rungs_held_against_every_score(tmp_path):
+    """People who vote by a score that is kept with the replies agree with it on every pair; ties say nothing."""
+    table = pd.concat([replies([f"text {i}" for i in range(24)]).assign(sample=sample) for sample in (0, 1)])
+    random = np.random.default_rng(0)
+    table = table.assign(gold=random.random(len(table)), judge=random.random(len(table)), reward=0.5, n_words=2)
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    table.to_parquet(folder / "scores.parquet")
+    gold = table.set_index(["arm", "seed", "post", "sample"])["gold"]
+    pairs = draw_pairs(table.assign(tweet="post"), "baseline", limit=40)
+    for number, row in enumerate(pairs.itertuples()):
+        lead = gold[row.arm, row.seed, row.post, row.sample] - gold[
+            row.versus, row.versus_seed, row.post, row.versus_sample]
+        append_vote(folder / "votes.csv", VOTE | {
+            "arm": row.arm, "versus": row.versus, "seed": row.seed, "versus_seed": row.versus_seed, "post": row.post,
+            "sample": row.sample, "shown_left": row.arm,
+            "vote": "tie" if number % 10 == 0 else "left" if lead > 0 else "right"})
+    judged = folder / "llm_judge" / "a-model"
+    judged.mkdir(parents=True)
+    pairs.assign(verdict=1.0, repeat=0).to_parquet(judged / "pairwise.parquet")
+    pd.testing.assert_frame_equal(
+        outside_preferences(tmp_path).query("rung == 'votes'")[["versus_sample"]].reset_index(drop=True),
+        pairs.sort_values(["arm", "seed", "post", "sample"])[["versus_sample"]].reset_index(drop=True))
+    found = update_outside(tmp_path).set_index(["rung", "other"])
+    assert list(found.index.unique("rung")) == ["llm a-model", "votes"]
+    assert found.loc[("votes", "gold"), "agreement"] == 1 and found.loc[("votes", "gold"), "n_pairs"] == 36
+    leads = [gold[row.arm, row.seed, row.post, row.sample] > gold[row.versus, row.versus_seed, row.post,
+                                                                  row.versus_sample] for row in pairs.itertuples()]
+    by_post = pd.Series(leads, dtype=float).groupby(pairs["post"].to_numpy()).mean()
+    assert np.isclose(found.loc[("llm a-model", "gold"), "agreement"], by_post.mean())
+    assert found.loc[("votes", "reward"), "agreement"] == 0.5 and found["systems"].isna().all()  # one arm

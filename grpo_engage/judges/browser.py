@@ -187,7 +187,8 @@ def browser_widget(replies: pd.DataFrame, most: int = 50):
 def open_run(run_dir: Path, voter: str, arms: Sequence[str] = (), limit: int = 20, seed: int = 0):
     """The browser and the voting booth of a finished run, as one box; votes go to evaluation/votes.csv.
 
-    arms: which to vote on (default all but the baseline). Call `votes.update_decision(run_dir)` when the votes are in.
+    arms: which to vote on (default all but the baseline). Call `outside_rungs.update_decision(run_dir)` when the votes
+    are in.
     """
     import ipywidgets
 

@@ -31,6 +31,7 @@ from grpo_engage.judges.llm_judge import (
     judge_replies,
     pair_messages,
 )
+from .outside_rungs import update_decision, update_outside
 from ..stats.agreement import share_over_posts
 
 # %% ../../nbs/judges/03_llm_judging.ipynb #c004-1
@@ -213,6 +214,10 @@ def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", li
                 write_parquet(folder / f"{name}.parquet", tables[name])
             for name in ("agreement", "flips", "summary"):
                 write_csv(folder / f"{name}.csv", tables[name])
+    if (run_dir / "evaluation" / "scores.parquet").exists():  # agreement of these verdicts with every score of the run
+        update_outside(run_dir)
+    if (run_dir / "evaluation" / "decision.csv").exists():
+        update_decision(run_dir)
     answered, spent = int((missing == "").sum()), manifest["spent_usd"]
     say(f"{answered} of {len(missing)} verdicts and scores are there, ${spent:.4f} spent in all; tables in {folder}")
     return tables
