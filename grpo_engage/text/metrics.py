@@ -177,7 +177,7 @@ _SCRIPT_WORD = regex.compile(rf"{UNSPACED}\p{{M}}*|(?:(?!{UNSPACED})\p{{L}}[\p{{
 
 @lru_cache(maxsize=16_384)
 def rouge_words(text: str) -> tuple[str, ...]:
-    """The tokens of `text` by rouge-score 0.1.2 without stemming: runs of a-z and 0-9 in lower case, no other letter."""
+    """The tokens of `text` by rouge-score 0.1.2, no stemming: runs of a-z and 0-9 in lower case, no other letter."""
     return tuple(_NO_ROUGE_WORD.sub(" ", text.lower()).split())
 
 
