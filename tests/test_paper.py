@@ -70,10 +70,10 @@ def make_run(run_dir: Path, arms=("baseline", "grpo"), seeds=(0,), policy="nano"
             folder = run_dir / "train" / arm / f"seed{seed}"
             steps = np.arange(1, 9)
             write_csv(folder / "train_log.csv", pd.DataFrame(
-                {"step": steps, "loss": 3 / steps, "reward": np.nan if arm == "baseline" else steps / 10}))
+                {"step": steps, "loss": 3 / steps, "reward": steps / 10 if rewarded(arm) else np.nan}))
             write_json(folder / "verdict.json", {
-                "loss_falling": {"answer": "yes" if arm == "baseline" else NOT_ASKED},
-                "reward_rising": {"answer": NOT_ASKED if arm == "baseline" else "not visibly"}})
+                "loss_falling": {"answer": NOT_ASKED if rewarded(arm) else "yes"},
+                "reward_rising": {"answer": "not visibly" if rewarded(arm) else NOT_ASKED}})
             write_json(folder / "manifest.json", manifest("train", wall_seconds=36.0, **trained(arm)))
     return run_dir
 
@@ -93,6 +93,10 @@ TRAINING = {"max_steps": 8, "batch_size": 16, "learning_rate_supervised": 1e-3, 
             "posts_per_step": 4, "num_generations": 4, "reward": "combined", "kl_weight": 0.02, "loss_type": "dapo",
             "warmup_steps": 0, "lora_r": 16}
 WEIGHTS = {"polychromic": (1.0, 0.0, 0.3), "grpo": (0.0, 1.0, 0.0), "hybrid": (0.3, 0.5, 0.2)}
+
+
+def rewarded(arm: str) -> bool:
+    return arm in WEIGHTS and WEIGHTS[arm][1] > 0
 
 
 def trained(arm: str, **changes) -> dict:
@@ -218,8 +222,12 @@ def test_other_runs_have_no_banner_and_say_what_their_seeds_support(tmp_path):
     assert macros["NumSeeds"] == "3 training seeds" and macros["RunBanner"] == ""
     assert "GoldAppealGrpo" not in macros  # NaN: not computable on real data, so it cannot be quoted
     assert "Appeal" not in (run_dir / "paper" / "tables" / "results.tex").read_text()
-    make_run(tmp_path / "few", seeds=(0, 1), policy="smollm2-135m")
-    stage(tmp_path / "few", seeds=[0, 1], preset="pheme-cpu")
+    arms = ["baseline", "polychromic", "grpo", "hybrid", "baseline_long", "a_b"]  # more than a page is wide
+    make_run(tmp_path / "few", arms=arms, seeds=(0, 1), policy="smollm2-135m")
+    stage(tmp_path / "few", arms=arms, seeds=[0, 1], preset="pheme-cpu")
+    found = [line.split(" & ") for line in (tmp_path / "few/paper/tables/arms.tex").read_text().splitlines()]
+    assert [line[1:] for line in found if line[0] == "Reward calls"] == [["0", "0", "128", "128", r"0 \\"],
+                                                                        ["0", "", "", "", r" \\"]]
     assert "supports no claim" in read_macros(tmp_path / "few")["ClaimStatement"]
 
 
@@ -427,6 +435,7 @@ def test_training_is_told_by_what_each_arm_took_and_not_by_the_stages_parameters
         run, "grpo")
     assert "weights 0.3, 0.5, 0.2, from baseline" in sentence(run, "hybrid")
     assert "4 references and 16 sampled" in sentence(run, "hybrid") and "combined reward" in sentence(run, "hybrid")
+    assert "its loss fell says: yes (1 of 1)" in sentence(run, "polychromic")
 
 
 def cells(table: str) -> dict[str, list[str]]:
@@ -492,9 +501,12 @@ def test_without_a_price_no_cost_is_stated(tmp_path):
 
 def test_sentences_follow_the_run(tmp_path):
     simulated, real = make_run(tmp_path / "a"), make_run(tmp_path / "b", source="file")
-    write_json(real / "reward_model" / "manifest.json", manifest("reward_model", parameters={"shared_features": True}))
+    write_json(real / "reward_model" / "manifest.json", manifest("reward_model", parameters={
+        "shared_features": True, "members": 5, "hidden_size": 0, "control": "residual", "validate_on": "test"}))
     for run_dir, limit, shares in ((simulated, "are simulated", "not recorded"), (real, "one file", "shares features")):
         macros = macros_of(run_dir)
         assert limit in macros["DataLimit"] and shares in macros["JudgeShares"]
+    assert macros["RewardHeads"] == "an ensemble of 5 linear models" and macros["ValidatedOn"] == "test"
+    assert r"\texttt{residual}" in macros["Confounds"]
     # What an arm does is the run's to say, and whose figures are published is not to be made up.
     assert not re.search(r"published (share|margin|quantile)|\\texttt\{(grpo|hybrid|polychromic)\}", SOURCE.read_text())

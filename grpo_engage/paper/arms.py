@@ -73,9 +73,12 @@ def arms_table(run: Run) -> str:
             differ.append(row := rf"\texttt{{{escape_latex(name)}}}")
             for arm, value in zip(run.arms, values, strict=True):
                 columns[arm][row] = escape_latex(value)
-    parts = [run.arms[start:start + _ABREAST] for start in range(0, len(run.arms), _ABREAST)]
-    return "\n".join(latex_table(pd.DataFrame([[row, *(columns[arm][row] for arm in part)] for row in differ or rows],
-                                              columns=["", *map(escape_latex, part)])) for part in parts)
+    width, lines = min(len(run.arms), _ABREAST), []
+    for start in range(0, len(run.arms), width):  # one tabular: pandoc makes two tables, and two labels, of two
+        part = run.arms[start:start + width]
+        lines.append([r"\midrule ", *map(escape_latex, part)] + [""] * (width - len(part)))
+        lines += [[row, *(columns[arm][row] for arm in part)] + [""] * (width - len(part)) for row in differ or rows]
+    return latex_table(pd.DataFrame(lines[1:], columns=["", *lines[0][1:]]))
 
 # %% ../../nbs/paper/04_arms.ipynb #353f1a42
 def training_sentences(run: Run) -> str:

@@ -130,8 +130,10 @@ def results_table(run: Run, usd_per_hour: float) -> str:
             metric_label(name, True, run.safety_sources):
             with_interval(*own.loc[name, ["value", "ci_low", "ci_high"]]) + part_of(run, own.loc[name, "n"])
             for name in shown if name in own.index and math.isfinite(own.loc[name, "value"])
-        } | {"Training time (s)": number(seconds, 1),
-             "Training cost (USD)": number(dollars, 4) if usd_per_hour or arm not in run.arms else NO_PRICE}
+        } | {"Training time (s)": number(seconds, 1)}  # fmt: skip
+        if usd_per_hour or len(arms) <= 5:  # where arms are rows there is no room for a column without a number
+            cells[escape_latex(arm)]["Training cost (USD)"] = (
+                number(dollars, 4) if usd_per_hour or arm not in run.arms else NO_PRICE)
     table = pd.DataFrame(cells).fillna("--")
     table, head = (table, "Metric") if len(arms) <= 5 else (table.T, "Arm")
     made = latex_table(table.rename_axis(head).reset_index())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS_FOR_A_CLAIM', 'SEEDS_FOR_A_CLAIM_NANO', 'FIGURES', 'is_smoke', 'claim_statement', 'banner', 'result_sentences',
-           'figure_macros', 'metric_macros', 'reading_macros', 'judge_shares', 'parameter_macros', 'reward_macros',
-           'reward_statement', 'run_macros', 'macros_text', 'paper_stage']
+           'figure_macros', 'metric_macros', 'parameter_macros', 'reward_macros', 'run_macros', 'macros_text',
+           'paper_stage']
 
 # %% ../../nbs/09_paper.ipynb #c003
 import math
@@ -34,7 +34,6 @@ from grpo_engage.paper.exhibits import (
     rewards_table,
     rivals_table,
     training_figure,
-    unvalidated,
     with_interval,
 )
 from .pdf import build_pdf, escape_latex, macro_name
@@ -49,6 +48,7 @@ from grpo_engage.paper.results import (
     training_cost,
 )
 from .settings import PaperSettings
+from .statements import judge_shares, learned_macros, reading_macros, reward_statement
 from ..rewards.gate import verdicts_of
 from ..text.safety import named_sources
 
@@ -134,26 +134,6 @@ def metric_macros(run: Run) -> dict[str, str]:
     return macros
 
 
-def reading_macros(run: Run) -> dict[str, str]:
-    """`RewardReads` and `JudgeReads`, the backbones of the learned models; of a folder its name alone."""
-    chosen = run.manifests["reward_model"].get("parameters") or {}
-
-    def shown(name: str) -> str:
-        kind, colon, model = name.partition(":")
-        return f"{kind}{colon}{Path(model).name if Path(model).is_absolute() else model}"
-
-    return {f"{model.capitalize()}Reads": escape_latex(shown(chosen.get(f"{model}_backbone", "not recorded")))
-            for model in ("reward", "judge")}
-
-
-def judge_shares(run: Run) -> str:
-    """What learned judge and reward have in common, by the parameters of the run."""
-    shared = (run.manifests["reward_model"].get("parameters") or {}).get("shared_features")
-    return {False: "with the reward it shares no feature but a bounded term of length",
-            True: r"it shares features with the reward (\texttt{shared\_features}), for study alone"}.get(
-        shared, "what it shares with the reward is not recorded")
-
-
 def parameter_macros(run: Run) -> dict[str, str]:
     """`ParamEvaluationTopP` and its like: every scalar parameter of every stage, and of every arm (`ParamTrainGrpoLr`).
 
@@ -181,18 +161,6 @@ def reward_macros(run: Run) -> dict[str, str]:
     return macros | {
         "AgreementWithinPosts": with_interval(*(agreement[key] for key in ("estimate", "ci_low", "ci_high"))),
         "NumExploits": number(counts["exploits"], 0), "NumExploitsRefused": number(counts["exploits_refused"], 0)}
-
-
-def reward_statement(run: Run) -> str:
-    """The verdicts on learned reward and judge, and a warning where an arm was trained against the former or where the
-    judge that decides did not pass."""
-    verdicts = verdicts_of(run.learned, run.name)
-    warning = (r"\textbf{The learned reward did not pass its validation, and an override allowed training on it: "
-               "nothing about arms trained on it is evidence.} ") if unvalidated(run) else ""
-    if run.pass_rule["judge"] == "model" and not verdicts["judge"]["validated"]:
-        warning += r"\textbf{The judge that decides did not pass its gate: no difference by it is evidence.} "
-    return (f"{warning}The gate says of the reward: {escape_latex(verdicts['reward']['text'])}; of the judge: "
-            f"{escape_latex(verdicts['judge']['text'])}.")
 
 
 def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dict[str, str]:
@@ -225,7 +193,7 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
         "SeedList": ("seed " if n_seeds == 1 else "seeds ") + ", ".join(map(str, run.seeds)),
         "NumTestPosts": number(test.max(), 0), "SamplesPerPost": number(run.curves["k"].max(), 0),
         "PassThreshold": number(run.pass_rule["tau"]), "JudgeDescription": judged[run.pass_rule["judge"]],
-        **reading_macros(run),
+        **reading_macros(run), **learned_macros(run),
         "SafetySources": escape_latex(named_sources(run.safety_sources)),
         "ToxicSource": escape_latex(run.safety_sources["guard_toxic"]),
         "ValidationPassTen": number(run.pass_rule["validation_pass_at_10"]), "ConfidenceLevel": r"95\%",
