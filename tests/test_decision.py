@@ -121,7 +121,8 @@ def test_the_lead_over_the_baseline_is_corrected_for_the_number_of_arms(monkeypa
     (-0.01, 0.05, "met"), (-0.05, 0.05, "inconclusive"), (-0.2, 0.05, "not met"), (-0.2, 0.3, "met")])
 def test_no_worse_is_a_margin_and_not_a_missing_proof(difference, margin, expected):
     """A wide interval around nothing used to count as "not significantly below"."""
-    decision = decide(table({"baseline": BASE, "grpo": BASE | {"rouge_l": BASE["rouge_l"] + difference}}), margin=margin)
+    moved = BASE | {"rouge_l": BASE["rouge_l"] + difference}
+    decision = decide(table({"baseline": BASE, "grpo": moved}), margin=margin)
     row = decision[decision["criterion"].str.startswith("no metric below")].iloc[0]
     assert row["status"] == expected, row["reason"]
     noisy = decide(table({"baseline": BASE, "grpo": BASE}, n_seeds=2, n_posts=4, noise=0.5))
@@ -130,10 +131,10 @@ def test_no_worse_is_a_margin_and_not_a_missing_proof(difference, margin, expect
 
 def test_the_recommendation_is_one_paragraph_with_the_primary_endpoint():
     decision = decide(table({"baseline": BASE, "grpo": GOOD}))
-    primary = pd.DataFrame([{"arm": "grpo", "temperature": 0.5, "versus_temperature": 0.7, "value": 0.91,
-                             "baseline": 0.7, "difference": 0.21, "low": 0.1, "high": 0.32, "p_value": 1e-5, "p_holm": 1e-5,
-                             "conclusion": "above", "over": "posts and seeds", "smallest": 0.15, "n_posts": 40,
-                             "n_seeds": 4}])
+    primary = pd.DataFrame({"arm": ["grpo"], "temperature": 0.5, "versus_temperature": 0.7, "value": 0.91, "low": 0.1,
+                            "baseline": 0.7, "difference": 0.21, "high": 0.32, "p_value": 1e-5, "p_holm": 1e-5,
+                            "conclusion": "above", "over": "posts and seeds", "smallest": 0.15, "n_posts": 40,
+                            "n_seeds": 4})
     told = recommend(decision, primary)
     assert "\n" not in told and "+0.21 [+0.10, +0.32]" in told and "p < .001" in told and "nan" not in told.lower()
     assert "three seeds" not in told and "three seeds" in recommend(decision, primary.assign(n_seeds=1))

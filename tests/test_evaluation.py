@@ -384,7 +384,7 @@ def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full
     made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
     assert made.columns.tolist() == generation.COLUMNS
     assert set(made.loc[made["kind"] == "rival", "arm"]) == {"baseline_T0.5", "best_of_n", "real", "theirs"}
-    assert [call["n"] for call in calls].count(48) == 1 and [call["temperature"] for call in calls].count(0.5) == 1
+    assert [call["n"] for call in calls].count(48) == 1 and [call["temperature"] for call in calls].count(0.5) == 4  # two arms, two splits
     value = table.set_index(["arm", "metric"])["value"]
     assert value["best_of_n", "reward_engagement"] > value["baseline", "reward_engagement"] + 0.1  # of three, the best
     assert value["real", "judge_engagement"] == pytest.approx(0.5)  # all nine of each post, each against the others
@@ -405,9 +405,10 @@ def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full
 def test_systems_of_the_ladder_are_judged_beside_and_change_no_other_table(full_run, monkeypatch):
     run_dir, calls = full_run
     folder = run_dir / "evaluation"
-    plain = evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5])
-    before = {name: (folder / f"{name}.csv").read_bytes() for name in ("metrics", "curves", "comparisons", "decision")}
-    assert not len(pd.read_parquet(folder / "systems.parquet"))
+    plain = evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5],
+                                        temperature_arms=["baseline"])
+    before = {name: (folder / f"{name}.csv").read_bytes() for name in ("metrics", "curves", "comparisons")}
+    assert set(pd.read_parquet(folder / "systems.parquet")["split"]) == {"validation"}
     for step in (20, 4):
         mark = run_dir / "train" / "grpo" / "seed0" / "marks" / str(step)
         mark.mkdir(parents=True)
@@ -416,7 +417,8 @@ def test_systems_of_the_ladder_are_judged_beside_and_change_no_other_table(full_
                                         temperature_arms=["all"])
     assert table.equals(plain) and all((folder / f"{name}.csv").read_bytes() == old for name, old in before.items())
     systems = ["base_T0.5", "grpo@20", "grpo@4", "grpo_T0.5"]
-    assert sorted(pd.read_parquet(folder / "systems.parquet")["arm"].unique()) == systems
+    looked_at = pd.read_parquet(folder / "systems.parquet")
+    assert sorted(looked_at.loc[looked_at["split"] == "test", "arm"].unique()) == systems
     assert not set(systems) & set(pd.read_parquet(folder / "generations.parquet")["arm"])
     judged = pd.read_csv(folder / "systems.csv", dtype={"temperature": str}).fillna({"temperature": ""})
     assert set(judged["system"]) == {*systems, "baseline", "baseline_T0.5", "grpo", "base"}
@@ -628,3 +630,27 @@ def test_each_judge_has_its_own_mark():
     table = robustness.robustness_table(scored, frozen, 100, 0)
     table = table[table["metric"] == "pass@1"].set_index("view")["difference"]
     assert table["judge"] == pytest.approx((3 - 1) / 6) and table["second judge"] == pytest.approx((6 - 3) / 6)
+
+
+def test_each_arm_has_its_temperature_from_validation_and_the_mark_the_baselines(full_run):
+    """The chosen rows are recomputed here from scores.parquet's own columns and the replies, by brute force."""
+    run_dir, _ = full_run
+    folder = run_dir / "evaluation"
+    (folder / "pass.json").unlink(missing_ok=True)
+    evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5, 2.0])
+    frozen = json.loads((folder / "pass.json").read_text())
+    marks = pd.read_csv(folder / "baseline_temperatures.csv")
+    assert marks["temperature"].tolist() == [0.5, 1.0, 2.0] and marks["chosen"].sum() == 1
+    assert marks.loc[marks["chosen"], "tau"].item() == frozen["tau"] == marks["tau"].max()
+    assert frozen["temperature"] == marks.loc[marks["chosen"], "temperature"].item()
+    chosen = pd.read_csv(folder / "temperatures.csv")
+    assert chosen.groupby("arm")["chosen"].sum().to_dict() == {"baseline": 1, "grpo": 1}
+    own = chosen[chosen["arm"] == "grpo"]
+    assert own.loc[own["chosen"], "pass@10"].item() == own["pass@10"].max()
+    primary = pd.read_csv(folder / "primary.csv")
+    assert primary["arm"].tolist() == ["grpo"] and primary["p_holm"].item() == primary["p_value"].item()
+    decision = pd.read_csv(folder / "decision.csv")
+    lead = decision[decision["criterion"].str.startswith("pass@10 above")].iloc[0]
+    assert lead["value"] == primary["difference"].item() and "temperature" in lead["reason"]
+    assert (folder / "figures" / "frontier.pdf").exists()
+    assert set(pd.read_csv(folder / "pass_rule.csv")["rule"]) == {"relative"}  # no gold here

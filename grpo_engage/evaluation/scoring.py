@@ -194,7 +194,8 @@ def frozen_mark(path: Path, scored: pd.DataFrame, target: float, judge_name: str
     scored: validation replies with columns judge, second_judge and those of `rungs` (further judges, see
     `rung_column`), each of which gets a mark. judge_folder: the judge model's files, for their hash. classifier: facts
     of the one behind guard_toxic. temperature: at which the baseline's replies in `scored` were sampled. Where gold is
-    known, "absolute" is a mark on gold itself, the same for all posts (see `evaluation/12_pass_rule`). Raises ValueError when the file is another judge's or lacks something.
+    known, "absolute" is a mark on gold itself, the same for all posts (see `evaluation/12_pass_rule`). Raises
+    ValueError when the file is another judge's or lacks something.
     """
     baseline = scored[(scored["arm"] == "baseline") & (scored["split"] == "validation")]
     baseline = baseline.sort_values(["seed", "post", "sample"])[["seed", "post", "sample", "text"]].astype(str)
