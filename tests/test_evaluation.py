@@ -384,7 +384,7 @@ def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full
     made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
     assert made.columns.tolist() == generation.COLUMNS
     assert set(made.loc[made["kind"] == "rival", "arm"]) == {"baseline_T0.5", "best_of_n", "real", "theirs"}
-    assert [call["n"] for call in calls].count(48) == 1 and [call["temperature"] for call in calls].count(0.5) == 4  # two arms, two splits
+    assert [call["n"] for call in calls].count(48) == 1 and [call["temperature"] for call in calls].count(0.5) == 4
     value = table.set_index(["arm", "metric"])["value"]
     assert value["best_of_n", "reward_engagement"] > value["baseline", "reward_engagement"] + 0.1  # of three, the best
     assert value["real", "judge_engagement"] == pytest.approx(0.5)  # all nine of each post, each against the others

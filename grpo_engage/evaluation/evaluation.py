@@ -46,7 +46,6 @@ from ..text.reply_text import count_pairs
 from ..text.safety import SAFETY_SOURCES, named_sources
 from ..text.safety_model import SafetyClassifier
 from ..train.loop import kept_marks
-from ..train.objective import RIVAL_ARMS
 
 # %% ../../nbs/08_evaluation.ipynb #c009
 def posts_with_replies(pairs: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -128,6 +127,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     truth = gold_of(pairs)
     kinds = generations.drop_duplicates(["arm", "seed"])
     rivals = sorted(set(kinds.loc[kinds["kind"] == "rival", "arm"]))
+    yardsticks = [arm for arm in rivals if (run_dir / "train" / arm).is_dir()]
     trained = list(kinds.loc[kinds["kind"] == "trained", ["arm", "seed"]].itertuples(index=False, name=None))
     judge_name, scorers = engagement_scorers(run_dir, given.judge, truth, trained)
     second_name, second = second_judge(run_dir, judge_name, truth)
@@ -174,7 +174,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     names = by_post["arm"].unique()
     write_csv(folder / "comparisons_by_seed.csv", pd.DataFrame(
         {"arm": arm, "versus": versus, "metric": metric} | compare_arms(by_post, arm, versus, metric)
-        for versus in ("baseline", *RIVAL_ARMS) if versus in names
+        for versus in ("baseline", *yardsticks) if versus in names
         for metric in by_post["metric"].unique() for arm in names if arm != versus))
     robustness = robustness_table(test, frozen, n_boot, seed)
     write_csv(folder / "robustness.csv", robustness)

@@ -33,7 +33,6 @@ from grpo_engage.policy.sampling import (
 )
 from ..policy.settings import INSTRUCTION
 from ..train.loop import MARKS
-from ..train.objective import RIVAL_ARMS
 
 # %% ../../nbs/evaluation/00_generation.ipynb #c005
 EMPTY = MappingProxyType({})
@@ -61,7 +60,8 @@ def plan_jobs(settings: EvaluationSettings, marks: Mapping[tuple[str, int], Sequ
     """
     arms, seeds, rivals = settings.arms, [int(seed) for seed in settings.seeds], settings.rivals
     jobs = [Job("baseline", "trained", seed, "validation", "baseline") for seed in seeds]
-    jobs += [Job(arm, "rival" if arm in RIVAL_ARMS else "trained", seed, "test", arm) for arm in arms for seed in seeds]
+    jobs += [Job(arm, "rival" if settings.is_yardstick(arm) else "trained", seed, "test", arm)
+             for arm in arms for seed in seeds]
     jobs += [Job("base", "base", seeds[0], "test")] if settings.include_base else []
     usual = settings.sampling.temperature
     jobs += [Job(sampled_as(arm, value, usual), "rival" if arm == "baseline" else "system", seed, "test",

@@ -10,6 +10,7 @@ __all__ = ['JUDGES', 'RIVALS', 'EvaluationSampling', 'Scoring', 'sampled_as', 'E
 from dataclasses import dataclass
 
 from ..base.settings import Settings, group, setting
+from ..train.objective import RIVAL_ARMS
 
 # %% ../../nbs/evaluation/09_settings.ipynb #c005
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class EvaluationSettings(Settings):
     arms: list = setting(["baseline", "grpo"],
                          'trained arms to compare; must hold "baseline", which sets the pass mark')
     seeds: list = setting([0], "training seeds of each arm")
+    yardsticks: list = setting([], "of `arms`: those that are compared, but are no hypothesis; baseline_long always is")
     include_base: bool = setting(True, 'also evaluate the policy without an adapter, as arm "base"')
     rivals: list = setting([], "other ways that need no training, as arms beside", of=RIVALS)
     temperatures: list = setting(
@@ -92,6 +94,10 @@ class EvaluationSettings(Settings):
         if unknown := [arm for arm in named if arm not in known]:
             raise ValueError(f'temperature_arms = {self.temperature_arms}: {", ".join(map(str, unknown))} is not '
                              f'evaluated; give ["arms"], ["all"], or some of {", ".join(known)}')
+
+    def is_yardstick(self, arm: str) -> bool:
+        """Whether `arm` was trained as a yardstick: a column of the tables that no decision is about."""
+        return arm in RIVAL_ARMS or arm in self.yardsticks
 
     def systems_at(self) -> list[str]:
         """The arms that are sampled at `temperatures` too."""
