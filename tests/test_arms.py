@@ -85,6 +85,12 @@ def test_warm_start_is_what_was_asked_for_and_of_the_same_seed(stage, run_dir, a
         assert stage(arm=arm, warm_start=warm_start, seed=seed)["warm_start"] == expected
 
 
+def test_an_arm_of_ones_own_name_has_a_folder_and_a_seed_of_its_own(stage, run_dir):
+    plain, other = stage(arm="grpo"), stage(arm="grpo_2", like="grpo")
+    assert other["folder"] == run_dir / "train" / "grpo_2" / "seed0" and other["objective"] == plain["objective"]
+    assert other["seed"] != plain["seed"] and other["label"] == "grpo_2"  # two draws of one arm: an A/A comparison
+
+
 def test_a_missing_warm_start_of_this_seed_is_not_replaced_by_another_seeds(run_dir):
     with pytest.raises(FileNotFoundError, match="train/baseline/seed2/adapter"):
         hybrid.train_stage(run_dir, arm="grpo", seed=2)

@@ -18,7 +18,7 @@ from statsmodels.stats.multitest import multipletests
 from grpo_engage.evaluation import evaluation, generation, post_metrics, robustness, scoring
 from grpo_engage.evaluation.settings import EvaluationSampling
 from grpo_engage.stats.intervals import paired_difference
-from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
+from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, script_words, self_bleu, words
 from grpo_engage.text.safety import SAFETY_SOURCES
 from grpo_engage.text.safety_model import SafetyClassifier
 
@@ -71,20 +71,29 @@ def test_distinct_n_by_hand(texts, n):
     assert distinct_n(texts, n) == pytest.approx(expected, nan_ok=True)
 
 
-def test_rouge_l_equals_the_package_on_plain_words_and_reads_other_scripts():
-    rng, stock = np.random.default_rng(0), RougeScorer(["rougeL"])
-    for _ in range(50):
-        text, *references = (" ".join(rng.choice(["ab", "cd", "ef", "gh"], size=rng.integers(1, 9))) for _ in range(4))
-        expected = max(stock.score(reference, text)["rougeL"].fmeasure for reference in references)
-        assert rouge_l(text, references) == pytest.approx(expected)
-    assert rouge_l("да, спасибо 👍", ["спасибо 👍"]) == pytest.approx(2 * 0.5 / 1.5)
+def test_rouge_l_is_missing_where_the_package_reads_nothing_and_any_script_is_read_beside_it():
+    stock = RougeScorer(["rougeL"])
     assert stock.score("спасибо 👍", "да, спасибо 👍")["rougeL"].fmeasure == 0  # what the stock tokenizer would say
+    found = post_metrics.read_replies(["post"] * 3, ["да, спасибо 👍", "So true!", "да"],
+                                      [["спасибо 👍"], ["It's true.", "да"], ["So true."]])
+    assert math.isnan(found["rouge_l"][0]) and found["rouge_l"][1:].tolist() == [pytest.approx(2 / 5), 0.0]
+    assert found["rouge_l_any_script"].tolist() == [pytest.approx(2 * 1 / 3), pytest.approx(2 / 5), 0.0]
+    scored = pd.DataFrame({"arm": "a", "seed": 0, "post": [0, 0, 1], "passed": True, "text": "x", "judge": 0.5,
+                           "reward": 0.5, "gold": math.nan}).join(found)
+    by_post = post_metrics.metrics_by_post(scored)
+    table, notes = scoring.summary_table(by_post, 100, 0)
+    assert table.set_index("metric").loc["rouge_l", "n"] == 2
+    scored["rouge_l"] = [math.nan, math.nan, 0.5]
+    table, notes = scoring.summary_table(post_metrics.metrics_by_post(scored), 100, 0)
+    assert table.set_index("metric").loc["rouge_l", ["value", "n"]].tolist() == [0.5, 1]
+    assert any("rouge_l could not be computed for 1 of 2 posts (no real reply with a word of a-z" in n for n in notes)
 
 
 @pytest.mark.parametrize("text", ["", " ", "word", "👍" * 5000, "x" * 10_000, "ab " * 3000, "नमस्ते", "\u200d\ufe0f",
                                   "a\x00b", "\ud800"])
 def test_metrics_take_any_text(text):
-    for value in (self_bleu([text, text, "other words"]), distinct_n([text], 2), rouge_l(text, ["some words", "x"])):
+    for value in (self_bleu([text, text, "other words"]), distinct_n([text], 2), rouge_l(text, ["some words", "x"]),
+                  rouge_l(text, ["some words", text], script_words)):
         assert math.isnan(value) or 0 <= value <= 1
 
 
@@ -375,7 +384,7 @@ def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full
     made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
     assert made.columns.tolist() == generation.COLUMNS
     assert set(made.loc[made["kind"] == "rival", "arm"]) == {"baseline_T0.5", "best_of_n", "real", "theirs"}
-    assert [call["n"] for call in calls].count(48) == 1 and [call["temperature"] for call in calls].count(0.5) == 1
+    assert [call["n"] for call in calls].count(48) == 1 and [call["temperature"] for call in calls].count(0.5) == 4
     value = table.set_index(["arm", "metric"])["value"]
     assert value["best_of_n", "reward_engagement"] > value["baseline", "reward_engagement"] + 0.1  # of three, the best
     assert value["real", "judge_engagement"] == pytest.approx(0.5)  # all nine of each post, each against the others
@@ -396,9 +405,10 @@ def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full
 def test_systems_of_the_ladder_are_judged_beside_and_change_no_other_table(full_run, monkeypatch):
     run_dir, calls = full_run
     folder = run_dir / "evaluation"
-    plain = evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5])
-    before = {name: (folder / f"{name}.csv").read_bytes() for name in ("metrics", "curves", "comparisons", "decision")}
-    assert not len(pd.read_parquet(folder / "systems.parquet"))
+    plain = evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5],
+                                        temperature_arms=["baseline"])
+    before = {name: (folder / f"{name}.csv").read_bytes() for name in ("metrics", "curves", "comparisons")}
+    assert set(pd.read_parquet(folder / "systems.parquet")["split"]) == {"validation"}
     for step in (20, 4):
         mark = run_dir / "train" / "grpo" / "seed0" / "marks" / str(step)
         mark.mkdir(parents=True)
@@ -407,7 +417,8 @@ def test_systems_of_the_ladder_are_judged_beside_and_change_no_other_table(full_
                                         temperature_arms=["all"])
     assert table.equals(plain) and all((folder / f"{name}.csv").read_bytes() == old for name, old in before.items())
     systems = ["base_T0.5", "grpo@20", "grpo@4", "grpo_T0.5"]
-    assert sorted(pd.read_parquet(folder / "systems.parquet")["arm"].unique()) == systems
+    looked_at = pd.read_parquet(folder / "systems.parquet")
+    assert sorted(looked_at.loc[looked_at["split"] == "test", "arm"].unique()) == systems
     assert not set(systems) & set(pd.read_parquet(folder / "generations.parquet")["arm"])
     judged = pd.read_csv(folder / "systems.csv", dtype={"temperature": str}).fillna({"temperature": ""})
     assert set(judged["system"]) == {*systems, "baseline", "baseline_T0.5", "grpo", "base"}
@@ -619,3 +630,27 @@ def test_each_judge_has_its_own_mark():
     table = robustness.robustness_table(scored, frozen, 100, 0)
     table = table[table["metric"] == "pass@1"].set_index("view")["difference"]
     assert table["judge"] == pytest.approx((3 - 1) / 6) and table["second judge"] == pytest.approx((6 - 3) / 6)
+
+
+def test_each_arm_has_its_temperature_from_validation_and_the_mark_the_baselines(full_run):
+    """The chosen rows are recomputed here from scores.parquet's own columns and the replies, by brute force."""
+    run_dir, _ = full_run
+    folder = run_dir / "evaluation"
+    (folder / "pass.json").unlink(missing_ok=True)
+    evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5, 2.0])
+    frozen = json.loads((folder / "pass.json").read_text())
+    marks = pd.read_csv(folder / "baseline_temperatures.csv")
+    assert marks["temperature"].tolist() == [0.5, 1.0, 2.0] and marks["chosen"].sum() == 1
+    assert marks.loc[marks["chosen"], "tau"].item() == frozen["tau"] == marks["tau"].max()
+    assert frozen["temperature"] == marks.loc[marks["chosen"], "temperature"].item()
+    chosen = pd.read_csv(folder / "temperatures.csv")
+    assert chosen.groupby("arm")["chosen"].sum().to_dict() == {"baseline": 1, "grpo": 1}
+    own = chosen[chosen["arm"] == "grpo"]
+    assert own.loc[own["chosen"], "pass@10"].item() == own["pass@10"].max()
+    primary = pd.read_csv(folder / "primary.csv")
+    assert primary["arm"].tolist() == ["grpo"] and primary["p_holm"].item() == primary["p_value"].item()
+    decision = pd.read_csv(folder / "decision.csv")
+    lead = decision[decision["criterion"].str.startswith("pass@10 above")].iloc[0]
+    assert lead["value"] == primary["difference"].item() and "temperature" in lead["reason"]
+    assert (folder / "figures" / "frontier.pdf").exists()
+    assert set(pd.read_csv(folder / "pass_rule.csv")["rule"]) == {"relative"}  # no gold here

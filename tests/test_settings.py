@@ -26,7 +26,7 @@ from grpo_engage.rewards.engagement_model import EngagementRewardModel
 from grpo_engage.rewards.settings import RewardChoice
 from grpo_engage.rewards.training_reward import training_reward
 from grpo_engage.run.demonstration import demonstration_run, run_stage_function
-from grpo_engage.run.graph import job_parameters
+from grpo_engage.run.graph import job_needs, job_parameters, jobs
 from grpo_engage.run.settings import (
     GRAPH_PARAMETERS,
     SHARED,
@@ -283,6 +283,48 @@ def test_a_preset_of_ones_own_by_its_path(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 0 and "is valid" in done.stdout, done.stderr
     assert resolve_config(load_preset(str(tmp_path / "mine.yaml")))["stages"]["train"]["grpo"]["max_steps"] == 7
+
+
+NAMED = """extends: smoke
+arms: [baseline, grpo, grpo_k16, hybrid_l5, hybrid_l1, long]
+train:
+  grpo_k16: {like: grpo, num_generations: 16}
+  hybrid_l5: {like: hybrid, lam: 0.5}
+  hybrid_l1: {like: hybrid_l5, lam: 1.0, warm_start: grpo_k16}
+  long: {like: baseline_long}
+"""
+
+
+def test_arms_that_a_preset_names_reach_their_jobs_and_the_evaluation(tmp_path):
+    (tmp_path / "mine.yaml").write_text(NAMED)
+    config = resolve_config(load_preset(str(tmp_path / "mine.yaml"))) | {"preset": "mine"}
+    smoke = resolve_config(load_preset("smoke"))["stages"]["train"]
+    made = {job[1]: TrainSettings.make(**job_parameters(config, *job)) for job in jobs(config) if job[0] == "train"}
+    differs = {arm: {name for name, value in given.flat().items() if value != {"arm": of, "keep_checkpoints": True}.get(
+        name, smoke[of].get(name, 0))} for arm, given, of in [(arm, made[arm], of) for arm, of in (
+            ("grpo", "grpo"), ("grpo_k16", "grpo"), ("hybrid_l5", "hybrid"), ("hybrid_l1", "hybrid"))]}
+    own = {"arm", "like"}
+    assert differs == {"grpo": set(), "grpo_k16": own | {"num_generations"}, "hybrid_l5": own | {"lam"},
+                       "hybrid_l1": own | {"lam", "warm_start"}}
+    weights = [(arm.beta, arm.lam, arm.warm_start) for arm in (made[name].objective() for name in made)]
+    assert weights == [(0, 0, "base"), (1, 0, "baseline"), (1, 0, "baseline"), (0.5, 0.5, "baseline"),
+                       (0.5, 1.0, "grpo_k16"), (0, 0, "baseline")]
+    assert ("train", "grpo_k16", 0) in job_needs(config, "train", "hybrid_l1", 0)
+    planned = plan_jobs(EvaluationSettings.make(**job_parameters(config, "evaluation")))
+    kinds = {job.arm: job.kind for job in planned if job.split == "test"}
+    assert [kinds[arm] for arm in config["arms"]] == ["trained"] * 5 + ["rival"]  # a yardstick is no hypothesis
+
+
+@pytest.mark.parametrize(("entry", "message"), [
+    ("Fast: {like: grpo}", "mine.yaml, line 4: arm='Fast' is no name"), ("real: {like: grpo}", "line 4: .*is taken"),
+    ("base: {like: grpo}", "line 4: .*is taken"), ("a: {like: b}", "line 4: there is no arm 'b'"),
+    ("fast: {max_steps: 3}", "line 4: there is no arm 'fast'"), ("grpo: {like: hybrid}", "line 4: .*another name"),
+    ("a: {like: b}\n  b: {like: a}", "line 4: arms are like each other .*a -> b -> a"),
+    ("a: {like: grpo, lamb: 1}", "no parameter 'lamb'; did you mean 'lam'")])
+def test_an_arm_that_cannot_be_is_refused_with_its_line(tmp_path, entry, message):
+    (tmp_path / "mine.yaml").write_text(f"extends: smoke\ntrain:\n  max_steps: 3\n  {entry}\n")
+    with pytest.raises(ValueError, match=message):
+        resolve_config(load_preset(str(tmp_path / "mine.yaml")))
 
 
 @pytest.mark.parametrize(("words", "message"), [

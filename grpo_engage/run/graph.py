@@ -28,7 +28,7 @@ from grpo_engage.base.source_code import (
 from ..base.storage import whole_path
 from ..policy.settings import is_folder_name
 from .settings import STAGES, notebook_of
-from ..train.objective import trainable_arm
+from ..train.objective import RIVAL_ARMS, trainable_arm
 
 # %% ../../nbs/run/04_graph.ipynb #c005
 Job = tuple[str, str, int | None]
@@ -50,7 +50,9 @@ def job_parameters(config: dict, stage: str, arm: str = "", seed: int | None = N
     """What the notebook of a job receives, `run_dir` aside: checked parameters plus what the graph decides."""
     if stage == "train":
         return config["stages"]["train"][arm] | {"arm": arm, "seed": seed, "keep_checkpoints": True}
-    extra = {"evaluation": {"arms": config["arms"], "seeds": config["seeds"]},
+    kinds = {arm: given.get("like") or arm for arm, given in config["stages"]["train"].items()}
+    extra = {"evaluation": {"arms": config["arms"], "seeds": config["seeds"],
+                            "yardsticks": [arm for arm, kind in kinds.items() if kind in RIVAL_ARMS]},
              "paper": {"arms": config["arms"], "seeds": config["seeds"], "preset": config["preset"]}}
     return config["stages"][stage] | extra.get(stage, {})
 
@@ -97,7 +99,8 @@ def job_reads(config: dict, stage: str, arm: str = "", seed: int | None = None) 
             folder = stage_folder(Path(), *trained).as_posix()
             names += [f"{folder}/{name}" for name in READS_OF_ARMS[stage]]
     if stage == "train":
-        origin = trainable_arm(arm, config["stages"]["train"][arm].get("warm_start", "arm")).warm_start
+        given = config["stages"]["train"][arm]
+        origin = trainable_arm(arm, given.get("warm_start", "arm"), given.get("like", "")).warm_start
         names += [] if origin == "base" else [f"train/{origin}/seed{seed}/adapter"]
     return names
 

@@ -11,7 +11,7 @@ __all__ = ['STAGES', 'GRAPH_PARAMETERS', 'Layer', 'SHARED', 'Stage', 'known_stag
 # %% ../../nbs/run/00_settings.ipynb #c002
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from ..evaluation.settings import EvaluationSettings
 from ..paper.settings import PaperSettings
 from ..policy.settings import PolicySettings, is_folder_name
 from ..rewards.settings import BestOfNSettings, HeuristicSettings, RewardModelSettings
-from ..train.objective import ARMS, RIVAL_ARMS, check_starts
+from .named_arms import arm_values, check_entries, check_macros
+from ..train.objective import KNOWN_ARMS, check_starts
 from ..train.settings import TrainSettings
 
 # %% ../../nbs/run/00_settings.ipynb #c005
@@ -49,7 +50,7 @@ STAGES = {
     "paper": Stage("09_paper", PaperSettings, "paper.paper:paper_stage"),
 }
 # What the runner sets itself, from the graph: never a preset's or a user's business.
-GRAPH_PARAMETERS = {"run_dir", "arm", "arms", "seeds", "preset", "keep_checkpoints"}
+GRAPH_PARAMETERS = {"run_dir", "arm", "arms", "yardsticks", "seeds", "preset", "keep_checkpoints"}
 
 
 def known_stage(stage: str) -> Stage:
@@ -95,7 +96,7 @@ def write_parameter_cells() -> list[str]:
 class GraphSettings(Settings):
     """What shapes the graph of a run."""
 
-    arms: list = setting(["baseline", "grpo"], "the arms to train", of=(*ARMS, *RIVAL_ARMS))
+    arms: list = setting(["baseline", "grpo"], "the arms to train, known ones or those that the preset names")
     n_seeds: int = setting(1, "training seeds per arm", low=1, high=1000)
     seed: int = setting(0, "root of all randomness; training takes seed, seed + 1, ...", low=0, high=2**31)
 
@@ -134,7 +135,8 @@ def merged(below: Mapping, above: Mapping) -> dict:
 def load_preset(name: str, beside: Path | None = None, seen: Sequence[Path] = ()) -> dict:
     """The content of a preset, with that of the preset which it `extends` below it.
 
-    Raises: ValueError for an unknown preset, a file that is no YAML mapping, and presets that extend each other.
+    Raises: ValueError for an unknown preset, a file that is no YAML mapping, presets that extend each other, and an
+    arm that cannot be.
     """
     path = preset_file(name, beside)
     if path in seen:
@@ -145,10 +147,10 @@ def load_preset(name: str, beside: Path | None = None, seen: Sequence[Path] = ()
         raise ValueError(f"{path.name} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} must be a mapping of stages to parameters")
-    if "extends" not in content:
-        return content
-    below = load_preset(str(content.pop("extends")), path.parent, [*seen, path])
-    return merged(below, content)
+    if "extends" in content:
+        content = merged(load_preset(str(content.pop("extends")), path.parent, [*seen, path]), content)
+    check_entries(content, path)
+    return content
 
 # %% ../../nbs/run/00_settings.ipynb #c016
 Layer = tuple[str, str | None, str, object]  # stage, arm, name, value
@@ -218,8 +220,8 @@ def located(entry: Field, value: object) -> object:
     return str(whole_path(value, entry.name))
 
 
-def placed(stages: dict, per_arm: dict, layer: Layer) -> None:
-    """Write the value of `layer`, checked, into `stages` or, for one arm, into `per_arm`.
+def placed(stages: dict, per_arm: dict, layer: Layer, named: Collection[str] = ()) -> None:
+    """Write the value of `layer`, checked, into `stages` or, for one arm (a known or a `named` one), into `per_arm`.
 
     Raises: ValueError for an unknown stage, arm or name, and for a value that is not allowed.
     """
@@ -228,8 +230,8 @@ def placed(stages: dict, per_arm: dict, layer: Layer) -> None:
     refuse_secret(name)
     if name not in allowed:
         raise ValueError(f"stage {stage!r} has no parameter {name!r}{nearest(name, allowed)}")
-    if arm is not None and (stage != "train" or arm not in ARMS | RIVAL_ARMS):
-        raise ValueError(f"there is no arm {arm!r} in stage {stage!r}{nearest(arm, ARMS | RIVAL_ARMS)}")
+    if arm is not None and (stage != "train" or arm not in (known := [*KNOWN_ARMS, *named])):
+        raise ValueError(f"there is no arm {arm!r} in stage {stage!r}{nearest(arm, known if stage == 'train' else ())}")
     (stages[stage] if arm is None else per_arm.setdefault(arm, {}))[name] = located(
         allowed[name], checked(allowed[name], value))
 
@@ -255,11 +257,14 @@ def resolve_config(preset: Mapping, overrides: Sequence[str] = ()) -> dict:
     for stage in STAGES:
         if "seed" in stages[stage]:
             stages[stage]["seed"] = graph.seed
+    likes = {arm: value for stage, arm, name, value in layers if (stage, name) == ("train", "like") and arm}
     per_arm: dict[str, dict] = {}
     for layer in layers:
-        placed(stages, per_arm, layer)
+        if layer[2] != "like" or not layer[1]:  # whose value may be an arm of the preset
+            placed(stages, per_arm, layer, likes)
     stages["train"].pop("seed")
-    stages["train"] = {arm: stages["train"] | per_arm.get(arm, {}) for arm in graph.arms}
+    stages["train"] = {arm: arm_values(arm, stages["train"], per_arm, likes) for arm in graph.arms}
+    check_macros(graph.arms)
     config = {"arms": graph.arms, "seeds": [graph.seed + index for index in range(graph.n_seeds)], "stages": stages}
     check_config(config)
     return config

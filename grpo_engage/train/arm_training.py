@@ -158,9 +158,10 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
 
 # %% ../../nbs/train/05_arm_training.ipynb #c026
 # Of a stage's settings: what is named otherwise (data, objective, warm start, reward), or changes nothing.
-_ELSEWHERE = {"arm", "warm_start", "phase_split", "alpha", "beta", "lam", "seed", "reward", "reward_weight_learned",
-              "reward_penalty", "allow_unvalidated_reward", "watch_every", "watch_posts", "watch_replies", "report_to",
-              "n_processes", "accelerate_config", "validation_replies", "keep_checkpoints"}
+_ELSEWHERE = {"arm", "like", "warm_start", "phase_split", "alpha", "beta", "lam", "seed", "reward",
+              "reward_weight_learned", "reward_penalty", "allow_unvalidated_reward", "watch_every", "watch_posts",
+              "watch_replies", "report_to", "n_processes", "accelerate_config", "validation_replies",
+              "keep_checkpoints"}
 
 
 def fingerprint(base: str | Path, data: pd.DataFrame, warm_start: Path | None, objective: Objective,

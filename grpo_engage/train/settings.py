@@ -13,7 +13,7 @@ from ..base.settings import Settings, group, setting
 from ..rewards.settings import RewardChoice
 from ..text.diversity import DIVERSITY_METRICS
 from .advantages import CUT_REPLIES
-from .objective import ARMS, RIVAL_ARMS, Arm, arm_objective, process_share
+from .objective import KNOWN_ARMS, Arm, arm_objective, process_share
 
 # %% ../../nbs/train/08_settings.ipynb #c005
 PHASE_SPLITS = ("same", "disjoint")
@@ -23,8 +23,7 @@ PHASE_SPLITS = ("same", "disjoint")
 class Weights(Settings):
     """L = alpha * L_supervised + beta * L_grpo - lam * D, and where training starts."""
 
-    warm_start: str = setting("arm", "where training starts; arm: as the arm says",
-                              choices=("arm", "base", *ARMS))
+    warm_start: str = setting("arm", "where training starts: base, or an arm of the run; arm: as the arm says")
     phase_split: str = setting("same", "disjoint: arms with and without reward train on different halves",
                                choices=PHASE_SPLITS)
     alpha: float = setting(-1.0, "weight of the supervised term; -1: the arm's", low=-1, high=1000)
@@ -127,7 +126,8 @@ class TrainSettings(Settings):
     """One arm with one seed."""
 
     seed: int = setting(0, "training seed of this arm", low=0, high=1000000)
-    arm: str = setting("baseline", "which setting of the objective", choices=(*ARMS, *RIVAL_ARMS))
+    arm: str = setting("baseline", f"{', '.join(KNOWN_ARMS)}, or a new name with `like`")
+    like: str = setting("", "for a new name: which of the known arms it is like")
     weights: Weights = group(Weights)
     optimiser: Optimiser = group(Optimiser)
     sampling: Sampling = group(Sampling)
@@ -144,7 +144,8 @@ class TrainSettings(Settings):
 
     def objective(self) -> Arm:
         """The arm with the weights that are given. Raises: ValueError for a start or weights that cannot be."""
-        return arm_objective(self.arm, self.weights.warm_start, self.weights.alpha, self.weights.beta, self.weights.lam)
+        weights = self.weights
+        return arm_objective(self.arm, weights.warm_start, weights.alpha, weights.beta, weights.lam, self.like)
 
     def learning_rate(self, objective: Arm) -> float:
         """The step size for `objective`: with a reward another one than without."""
