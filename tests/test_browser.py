@@ -245,8 +245,19 @@ def test_votes_and_verdicts_are_rungs_held_against_every_score(tmp_path):
     pd.testing.assert_frame_equal(
         outside_preferences(tmp_path).query("rung == 'votes'")[["versus_sample"]].reset_index(drop=True),
         pairs.sort_values(["arm", "seed", "post", "sample"])[["versus_sample"]].reset_index(drop=True))
+    shown = pd.concat([pairs[["arm", "seed", "post", "sample"]], pairs.rename(columns={
+        "arm": "_", "versus": "arm", "seed": "__", "versus_seed": "seed", "sample": "___", "versus_sample": "sample"})[
+            ["arm", "seed", "post", "sample"]]]).drop_duplicates(ignore_index=True)
+    shown["score"] = [1.0 + round(3 * gold[tuple(row)]) for row in shown.itertuples(index=False)]  # coarse: ties happen
+    pd.concat([shown, shown.assign(score=np.nan)]).to_parquet(judged / "absolute.parquet")  # one repeat failed
     found = update_outside(tmp_path).set_index(["rung", "other"])
-    assert list(found.index.unique("rung")) == ["llm a-model", "votes"]
+    assert list(found.index.unique("rung")) == ["llm a-model", "llm a-model scores", "votes"]
+    decided = [(own.post, own.score > rival.score) for own in shown.itertuples() for rival in shown.itertuples()
+               if (own.arm, rival.arm) == ("hybrid", "baseline") and own.post == rival.post
+               and own.score != rival.score]
+    row = found.loc[("llm a-model scores", "gold")]  # gold rounded: whatever it decides, it decides as gold does
+    assert row["agreement"] == 1 and row["n_pairs"] == len(decided) > 5
+    assert row["n_posts"] == len({post for post, _ in decided})
     assert found.loc[("votes", "gold"), "agreement"] == 1 and found.loc[("votes", "gold"), "n_pairs"] == 36
     leads = [gold[row.arm, row.seed, row.post, row.sample] > gold[row.versus, row.versus_seed, row.post,
                                                                   row.versus_sample] for row in pairs.itertuples()]

@@ -28,6 +28,7 @@ from grpo_engage.rewards.circumstances import (
 from grpo_engage.rewards.context_model import ContextModel, context_features
 from grpo_engage.rewards.encoder_tuning import TunedMiniLMBackbone
 from grpo_engage.rewards.engagement_model import EngagementRewardModel, shuffled_label_twins
+from grpo_engage.rewards.exploits import EXPLOITS
 from grpo_engage.rewards.heuristic import clear_pairs, pairwise_accuracy
 from grpo_engage.rewards.overoptimisation import best_of_n, misjudged
 from grpo_engage.rewards.pairwise import bradley_terry_loss, pair_features, training_pairs
@@ -85,10 +86,14 @@ def finished_run(tmp_path_factory):
     return run_dir
 
 
-def test_the_unseen_exploits_are_tried_on_each_learned_score(finished_run):
+def test_both_suites_of_exploits_are_tried_on_each_learned_score(finished_run):
     table = pd.read_csv(finished_run / "reward_model" / "exploits.csv")
-    tried = dict.fromkeys(("learned", "combined", "judge"), len(UNSEEN_EXPLOITS))
-    assert table["score"].value_counts().to_dict() == tried
+    unseen = [exploit.name for exploit in UNSEEN_EXPLOITS]
+    for score, known in (("learned", list(EXPLOITS)), ("combined", list(EXPLOITS)), ("judge", [])):
+        rows = table[table["score"] == score]
+        assert rows["exploit"].tolist() == [*unseen, *known]
+        assert rows.loc[rows["kind"] == "known", "exploit"].tolist() == known
+    assert len(table) == 3 * len(unseen) + 2 * len(EXPLOITS)
     assert table["rate"].between(0, 1).all()
 
 
@@ -150,7 +155,8 @@ def test_text_features_are_finite_for_any_text(texts):
 def make_counts(n: int = 3000, alpha: float = 2.0, seed: int = 0) -> tuple[pd.DataFrame, np.ndarray]:
     random = np.random.default_rng(seed)
     pairs = pd.DataFrame({
-        "conversation_id": (np.arange(n) // 5).astype(str), "tweet_likes": np.round(np.exp(random.normal(4, 1, n))),
+        "conversation_id": (np.arange(n) // 5).astype(str), "tweet": "news about the rain",
+        "tweet_likes": np.round(np.exp(random.normal(4, 1, n))),
         "reply_author_followers": np.round(np.exp(random.normal(6, 1.5, n))), "reply_retweets": np.zeros(n),
         "reply_time_diff_seconds": np.round(np.exp(random.normal(7, 1, n))),
         "meta": [json.dumps({"broadcast": bool(flag)}) for flag in random.random(n) < 0.2],
@@ -450,7 +456,7 @@ def test_typicality_against_counting_by_hand():
     """Own neighbours left out for known replies; every run counted with its multiplicity."""
     pairs, _ = make_pairs(12, seed=3)
     replies = [text.replace("?", " ?").replace(".", " .") for text in pairs.reply]
-    evidence = TextEvidence(buckets=2**18)
+    evidence = TextEvidence(buckets=2**18, size=2)  # size: of the towers, which have no part in typicality
     known = evidence.fit_transform(pairs.tweet.tolist(), replies, seed=0)
     new = ["bridge council ticket garden ?", "garden garden garden", "xyzzy"]
     fresh = evidence.transform(["news about the rain"] * 3, new)
@@ -642,11 +648,12 @@ def test_accuracy_where_the_later_reply_won_and_by_event_against_a_loop():
     found = validate_scores(table, {"reward": scores, "judge": -scores})
     likes, delay = (table[name].to_numpy(float, na_value=np.nan) for name in ("reply_likes", "reply_time_diff_seconds"))
     later, event = [], {"🌊 flood": [], "siege": []}
+    posts, meta = table.conversation_id.tolist(), table.meta.tolist()
     for i, j in itertools.permutations(range(len(table)), 2):
-        if table.conversation_id.iat[i] == table.conversation_id.iat[j] and likes[i] >= 2 * max(likes[j], 1) + 1:
+        if posts[i] == posts[j] and likes[i] >= 2 * max(likes[j], 1) + 1:
             right = scores[i] > scores[j]
             later += [right] if delay[i] > delay[j] else []
-            event[json.loads(table.meta.iat[i])["event"]].append(right)
+            event[json.loads(meta[i])["event"]].append(right)
     assert found["n_pairs"]["later"] == len(later) > 20
     assert found["accuracy"]["reward"]["later"]["estimate"] == pytest.approx(np.mean(later))
     assert [(row["event"], row["n"]) for row in found["by_event"]] == [

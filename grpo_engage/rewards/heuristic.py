@@ -235,9 +235,10 @@ def _figure(real: np.ndarray, exploits: pd.DataFrame, order: dict) -> plt.Figure
 def heuristic_reward_stage(run_dir: Path, settings: HeuristicSettings | None = None, **changes: object) -> pd.DataFrame:
     """Score all pairs of run_dir/data/pairs.parquet; returns the exploit table.
 
-    Writes run_dir/heuristic_reward/: scores.parquet (row, score, guard, components), exploits.csv,
-    unseen_exploits.csv (a suite that no guard was written against: `unseen_exploit_table`), validation.json and
-    heuristic_reward.{pdf,png}. Raises FileNotFoundError without the data stage's output, ValueError for bad weights.
+    Writes run_dir/heuristic_reward/: scores.parquet (row, score, guard, components), exploits.csv (`exploit_table`, and
+    the rates of `unseen_exploit_table`), unseen_exploits.csv (a suite that no guard was written against),
+    validation.json and heuristic_reward.{pdf,png}. Raises FileNotFoundError without the data stage's output, ValueError
+    for bad weights.
     """
     given = HeuristicSettings.given(settings, **changes)
     source, folder, seed = Path(run_dir) / "data" / "pairs.parquet", Path(run_dir) / "heuristic_reward", given.seed
@@ -260,9 +261,12 @@ def heuristic_reward_stage(run_dir: Path, settings: HeuristicSettings | None = N
         factors = explained.loc[chosen, [f"guard_{name}" for name in GUARDS]]
         order |= {"split": "validation", "real_score_quartiles": np.percentile(scores, [25, 50, 75]),
                   "guarded_share_of_real_replies": {name: float((factors[name] < 1).mean()) for name in factors}}
+        rates = unseen_exploit_table({"heuristic": reward}, validation, child_seed(seed, "unseen exploits"), known=True)
+        known = rates["kind"] == "known"
+        exploits = exploits.merge(rates.loc[known, ["exploit", "rate", "ci_low", "ci_high", "n_posts"]], on="exploit",
+                                  validate="one_to_one")
         write_csv(folder / "exploits.csv", exploits)
-        write_csv(folder / "unseen_exploits.csv",
-                  unseen_exploit_table({"heuristic": reward}, validation, child_seed(seed, "unseen exploits")))
+        write_csv(folder / "unseen_exploits.csv", rates[~known])
         write_json(folder / "validation.json", order)
         figure = _figure(scores, exploits, order)
         savefig(figure, folder / "figures" / "heuristic_reward")

@@ -135,6 +135,14 @@ def _misjudged(held: pd.DataFrame, reward: EngagementRewardModel, judge: np.ndar
                      parts.drop(columns="score").join(rules[[name for name in rules if name not in parts]]))
 
 
+def _exploits(reward: EngagementRewardModel, judge: EngagementRewardModel, held: pd.DataFrame,
+              seed: int) -> pd.DataFrame:
+    """Rates of both suites on what an arm may be trained on; on the judge, whom nobody trains on, of the unseen one."""
+    tried = {"learned": reward.logits, "combined": CombinedReward(reward)}
+    return pd.concat([unseen_exploit_table(tried, held, seed, known=True),
+                      unseen_exploit_table({"judge": judge.logits}, held, seed)], ignore_index=True)
+
+
 def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = None, **changes: object) -> dict:
     """Train reward (split `reward`) and judge (split `judge`); returns what validation.json holds.
 
@@ -204,9 +212,8 @@ def reward_model_stage(run_dir: Path, settings: RewardModelSettings | None = Non
         doubts = too_good({name: found["clear"] for name, found in validation["accuracy"].items()})
         manifest["warnings"] += doubts
         write_json(folder / "validation.json", validation)
-        write_csv(folder / "exploits.csv", unseen_exploit_table(
-            {"learned": reward.logits, "combined": CombinedReward(reward), "judge": models["judge"].logits}, held,
-            child_seed(seed, "unseen exploits")))
+        write_csv(folder / "exploits.csv", _exploits(
+            reward, models["judge"], held, child_seed(seed, "unseen exploits")))
         write_csv(folder / "misjudged.csv", _misjudged(held, reward, logits["judge"]))
         savefig(validation_figure(validation, held, logits), folder / "figures" / "reward_validation")
         references = labels["reference"].groupby(pairs["split"]).sum()
