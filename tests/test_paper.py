@@ -59,10 +59,22 @@ def make_run(run_dir: Path, arms=("baseline", "grpo"), seeds=(0,), policy="nano"
         metrics, columns=["arm", "seed", "metric", "value", "ci_low", "ci_high", "n"]))
     write_csv(evaluation / "curves.csv", pd.DataFrame(
         curves, columns=["arm", "k", "value", "ci_low", "ci_high", "n", "n_seeds"]))
-    write_csv(evaluation / "comparisons.csv", pd.DataFrame(
-        [(arm, "baseline", metric, -0.02, -0.1, 0.06, 0.4, 0.8 if metric != "length" else np.nan, 16)
+    over = "posts and seeds" if len(seeds) > 1 else "posts, of one trained seed"
+    write_csv(evaluation / "comparisons_by_seed.csv", pd.DataFrame(
+        [(arm, "baseline", metric, -0.02, -0.1, 0.06, 0.4, 16, over, 0.11)
          for arm in ("base", *arms[1:]) for metric in ("pass@10", "self_bleu", "length")],
-        columns=["arm", "versus", "metric", "difference", "ci_low", "ci_high", "p_value", "p_holm", "n"]))
+        columns=["arm", "versus", "metric", "difference", "low", "high", "p_value", "n_posts", "over", "smallest"]))
+    write_csv(evaluation / "primary.csv", pd.DataFrame(
+        [(arm, 0.5, 0.7, 0.71, 0.66, 0.05, -0.03, 0.13, 0.2, 0.4, "not told apart", over, 0.11, 16, len(seeds))
+         for arm in arms[1:]],
+        columns=["arm", "temperature", "versus_temperature", "value", "baseline", "difference", "low", "high",
+                 "p_value", "p_holm", "conclusion", "over", "smallest", "n_posts", "n_seeds"]))
+    write_csv(evaluation / "frontier.csv", pd.DataFrame(
+        [(arm, 0.02, -0.05, 0.09) for arm in arms[1:]], columns=["arm", "difference", "low", "high"]))
+    write_csv(evaluation / "frontier_points.csv", pd.DataFrame(
+        [(arm, heat, heat == 0.5, 0.4 + heat / 4, 0.02, 0.7 - heat / 9, 0.03, 16)
+         for arm in arms for heat in (0.5, 1.0)],
+        columns=["arm", "temperature", "chosen", "diversity", "diversity se", "pass@10", "pass@10 se", "n_posts"]))
     write_json(evaluation / "pass.json", {"tau": 0.7312, "validation_pass_at_10": 0.61, "warnings": [],
                                           "judge": "gold" if source == "simulator" else "model"})
     for arm in arms:
@@ -142,10 +154,10 @@ def banner_pages(folder: Path) -> list[int]:
 def test_everything_is_there(smoke):
     folder = smoke / "paper"
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    figures = {f"figures/{name}.{kind}" for name in ("data_margins", "training_curves", "pass_at_k")
+    figures = {f"figures/{name}.{kind}" for name in ("frontier", "data_margins", "training_curves", "pass_at_k")
                for kind in ("pdf", "png")}
-    tables = {f"tables/{name}.tex" for name in ("results", "arms", "rivals", "comparisons", "data", "rewards",
-                                                "provenance")}
+    tables = {f"tables/{name}.tex" for name in ("results", "arms", "rivals", "primary", "comparisons", "data",
+                                                "rewards", "provenance")}
     assert figures | tables | {"macros.tex", "main.tex", "main.pdf", "manifest.json", "references.bib"} <= names
     facts = read_json(folder / "manifest.json")
     assert facts["status"] == "completed" and facts["smoke"] is True and facts["pdf"]["engine"] == "typst"
@@ -185,7 +197,8 @@ def captions_of_figures(source: str) -> dict[str, str]:
 
 
 # What both the notebook and the paper call to draw the figure.
-DRAWN_BY = {"data_margins": "draw_margins", "training_curves": "curves_figure", "pass_at_k": "plot_pass_curves"}
+DRAWN_BY = {"frontier": "plot_temperatures", "data_margins": "draw_margins", "training_curves": "curves_figure",
+            "pass_at_k": "plot_pass_curves"}
 
 
 def test_every_caption_names_the_notebook_that_makes_the_figure(smoke):
@@ -247,10 +260,10 @@ def test_strangers_text_stays_text(tmp_path):
     assert r"\\input{x}" in typ and "U+1F600" in typ
 
 
-def test_comparisons_show_both_p_values(tmp_path):
+def test_comparisons_say_what_they_rest_on_and_what_they_would_have_found(tmp_path):
     table = exhibits.comparisons_table(results.load_run(make_run(tmp_path), ["baseline", "grpo"], [0]))
     row = next(line for line in table.splitlines() if "Pass@10" in line)
-    assert [cell.strip() for cell in row.rstrip("\\ ").split("&")][-3:] == ["0.400", "0.800", "16"]
+    assert [cell.strip() for cell in row.rstrip("\\ ").split("&")][-3:] == ["0.110", "posts, of one trained seed", "16"]
 
 
 def test_names_of_arms_stay_text(tmp_path):
@@ -393,7 +406,7 @@ def test_an_override_of_the_gate_marks_every_table_and_the_text(tmp_path):
     path = run_dir / "train" / "grpo" / "seed0" / "manifest.json"
     write_json(path, read_json(path) | {"reward_validated": False})
     built = stage(run_dir)
-    assert len(tables) == 7 and all(path.read_text().count("Reward not validated") == 1 for path in tables)
+    assert len(tables) == 8 and all(path.read_text().count("Reward not validated") == 1 for path in tables)
     assert "did not pass its validation" in read_macros(run_dir)["RewardStatement"] and built["engine"] == "typst"
 
 

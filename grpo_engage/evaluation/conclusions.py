@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'TIERS', 'GUARDED', 'MARGIN', 'PROJECTED', 'MANUAL', 'value_matrix', 'compare_arms', 'with_inspection',
-           'decide', 'beside_projection', 'mark_judge', 'recommend']
+           'decide', 'beside_projection', 'mark_judge', 'lead_sentence', 'recommend']
 
 # %% ../../nbs/evaluation/04_conclusions.ipynb #c002
 import math
@@ -203,7 +203,7 @@ def _levels(decision: pd.DataFrame) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _lead_sentence(primary: pd.DataFrame) -> str:
+def lead_sentence(primary: pd.DataFrame) -> str:
     """The primary endpoint in words: who passes most, by how much, and what that rests on."""
     best = primary.sort_values("difference", ascending=False).iloc[0]
     p = f"p {f'= {best.p_holm:.3f}' if best.p_holm >= 0.001 else '< .001'} after Holm over {len(primary)} arms"
@@ -235,7 +235,7 @@ def recommend(decision: pd.DataFrame, primary: pd.DataFrame | None = None) -> st
                                         order.index(arm) if arm in order else len(order)))
     open_rows = decision[(decision["arm"] == best) & (decision["status"] != "met")]
     said = [f"{verdict}: {best} comes furthest, {levels[best][1]} level reached."]
-    said += [_lead_sentence(primary)] if known else []
+    said += [lead_sentence(primary)] if known else []
     for status, word in (("not met", "fails"), ("inconclusive", "leaves open")):
         rows = open_rows[open_rows["status"] == status]
         if len(rows):

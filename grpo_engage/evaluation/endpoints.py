@@ -106,7 +106,7 @@ def plot_temperatures(points: pd.DataFrame) -> Figure:
     over posts; filled: the temperature chosen on validation. points: frontier_points.csv."""
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
     axes = figure.subplots()
-    named = points.rename(columns={"pass@10": "passing", "pass@10_se": "passing_se"})
+    named = points.rename(columns={"pass@10": "passing", "pass@10 se": "passing_se", "diversity se": "diversity_se"})
     for arm, group in named.groupby("arm", sort=True):
         group, look = group.sort_values("diversity"), arm_style(arm)
         axes.plot(group["diversity"], group["passing"], label=arm, **arm_line(arm))

@@ -168,8 +168,8 @@ def frontier_points(by_post: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame
         own = {metric: wide(by_post, row.system, metric).mean() for metric in ("self_bleu", "pass@10")}
         if all(len(values) for values in own.values()):
             rows.append({"arm": row.arm, "temperature": row.temperature, "chosen": row.chosen,
-                         "diversity": 1 - own["self_bleu"].mean(), "diversity_se": own["self_bleu"].sem(),
-                         "pass@10": own["pass@10"].mean(), "pass@10_se": own["pass@10"].sem(),
+                         "diversity": 1 - own["self_bleu"].mean(), "diversity se": own["self_bleu"].sem(),
+                         "pass@10": own["pass@10"].mean(), "pass@10 se": own["pass@10"].sem(),
                          "n_posts": len(own["pass@10"])})
-    return pd.DataFrame(rows, columns=["arm", "temperature", "chosen", "diversity", "diversity_se", "pass@10",
-                                       "pass@10_se", "n_posts"])
+    return pd.DataFrame(rows, columns=["arm", "temperature", "chosen", "diversity", "diversity se", "pass@10",
+                                       "pass@10 se", "n_posts"])

@@ -20,6 +20,7 @@ from ..base.plots import style
 from ..data.pairs import draw_margins
 from ..data.truth import gold_of
 from ..evaluation.pass_curves import plot_pass_curves
+from ..evaluation.scoring import HEADLINE
 from .pdf import escape_latex
 from grpo_engage.paper.results import (
     Run,
@@ -166,16 +167,17 @@ def rivals_table(run: Run) -> str:
 
 
 def comparisons_table(run: Run) -> str:
-    """comparisons.csv for the metrics that were tested (those with a Holm-adjusted p-value)."""
-    tested = run.comparisons.dropna(subset=["p_holm"])
-    if tested.empty:
-        tested = run.comparisons
+    """Description, not tests: differences from the baseline by the headline metrics, with what each interval is over
+    and the smallest difference that would have been found with 80% power."""
+    shown = run.comparisons[run.comparisons["metric"].isin(HEADLINE)]
+    shown = shown if len(shown) else run.comparisons
     return latex_table(pd.DataFrame({
-        "Arm": tested["arm"].map(escape_latex), "Reference": tested["versus"].map(escape_latex),
-        "Metric": [metric_label(metric, sources=run.safety_sources) for metric in tested["metric"]],
-        "Difference": [with_interval(*row) for row in tested[["difference", "ci_low", "ci_high"]].to_numpy()],
-        "$p$": tested["p_value"].map(number), "$p$ (Holm)": tested["p_holm"].map(number),
-        "Posts": tested["n"].map(lambda n: number(n, 0))}), "lllrrrr")  # fmt: skip
+        "Arm": shown["arm"].map(escape_latex),
+        "Metric": [metric_label(metric, sources=run.safety_sources) for metric in shown["metric"]],
+        "Difference": [with_interval(*row) for row in shown[["difference", "low", "high"]].to_numpy()],
+        "Found with 80\\% power": shown["smallest"].map(number),
+        "Interval over": shown["over"].map(escape_latex),
+        "Posts": shown["n_posts"].map(lambda n: number(n, 0))}), "llrrlr")  # fmt: skip
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c014
 def data_table(run: Run) -> str:

@@ -17,6 +17,7 @@ from ..base.core import REPO_ROOT, stage_manifest
 from ..base.plots import savefig
 from ..data.truth import gold_of
 from .arms import arms_table, training_sentences
+from .endpoint_exhibits import frontier_figure, primary_macros, primary_table
 from grpo_engage.paper.exhibits import (
     NO_PRICE,
     comparisons_table,
@@ -106,6 +107,7 @@ def _listing(names: Sequence[str]) -> str:
 # %% ../../nbs/09_paper.ipynb #f002
 # Figure -> the function that draws it of a run, and the notebook that makes it.
 FIGURES = {
+    "frontier": (frontier_figure, "08_evaluation"),
     "data_margins": (margins_figure, "01_data"),
     "training_curves": (training_figure, "07_hybrid"),
     "pass_at_k": (pass_figure, "08_evaluation"),
@@ -205,7 +207,8 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
         time, cost = training_cost(run, arm, usd_per_hour)
         facts |= {macro_name("TrainTime", arm): minutes(time),
                   macro_name("TrainCost", arm): number(cost, 4) if usd_per_hour else NO_PRICE}
-    return parameter_macros(run) | metric_macros(run) | reward_macros(run) | figure_macros() | facts
+    return (parameter_macros(run) | metric_macros(run) | reward_macros(run) | figure_macros() | primary_macros(run)
+            | facts)
 
 
 def macros_text(macros: Mapping[str, str]) -> str:
@@ -226,7 +229,8 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
     given, run_dir = PaperSettings.given(settings, **changes), Path(run_dir)
     folder, source, usd_per_hour = run_dir / "paper", REPO_ROOT / "paper", given.usd_per_hour
     inputs = [source / "main.tex", source / "references.bib", *(run_dir / "evaluation" / name for name in (
-        "metrics.csv", "comparisons.csv", "curves.csv", "pass.json"))]  # fmt: skip
+        "metrics.csv", "comparisons_by_seed.csv", "primary.csv", "frontier.csv", "frontier_points.csv", "curves.csv",
+        "pass.json"))]  # fmt: skip
     with stage_manifest(folder, "paper", given.recorded(), inputs, usd_per_hour) as manifest:
         run = load_run(run_dir, given.arms, given.seeds)
         for name in ("figures", "tables"):
@@ -234,7 +238,7 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
         for name, (draw, _) in FIGURES.items():
             savefig(draw(run), folder / "figures" / name)
         tables = {"arms": arms_table(run), "results": results_table(run, usd_per_hour), "rivals": rivals_table(run),
-                  "comparisons": comparisons_table(run),
+                  "primary": primary_table(run), "comparisons": comparisons_table(run),
                   "data": data_table(run), "rewards": rewards_table(run),
                   "provenance": provenance_table(run, given.preset)}  # fmt: skip
         for mark in gate_marks(run):

@@ -46,7 +46,10 @@ class Run:
     logs: pd.DataFrame  # train_log.csv of all arms and seeds, with columns arm and seed
     metrics: pd.DataFrame  # of the arms, and of the policy before training
     rivals: pd.DataFrame  # the same of what was evaluated beside them
-    comparisons: pd.DataFrame
+    comparisons: pd.DataFrame  # of every metric with the baseline, by post and seed
+    primary: pd.DataFrame  # each arm at its best temperature against the baseline at its own
+    frontier: pd.DataFrame
+    points: pd.DataFrame  # of the frontier
     curves: pd.DataFrame
     safety_sources: dict[str, str]  # what each safety metric is counted by
 
@@ -62,7 +65,8 @@ def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
     needed = {name: run_dir / name for name in (
         "data/pairs.parquet", "data/rejected.csv", "heuristic_reward/validation.json",
         "reward_model/validation.json", "policy/policy.json", "evaluation/pass.json", "evaluation/metrics.csv",
-        "evaluation/comparisons.csv", "evaluation/curves.csv", *(f"{folder}/train_log.csv" for folder in trained),
+        "evaluation/comparisons_by_seed.csv", "evaluation/primary.csv", "evaluation/frontier.csv",
+        "evaluation/frontier_points.csv", "evaluation/curves.csv", *(f"{folder}/train_log.csv" for folder in trained),
         *(f"{folder}/verdict.json" for folder in trained),
         *(f"{folder}/manifest.json" for folder in (*STAGE_FOLDERS, *trained)))}  # fmt: skip
     missing = [name for name, path in needed.items() if not path.is_file()]
@@ -91,7 +95,9 @@ def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
         pass_rule=read_json(needed["evaluation/pass.json"]),
         verdicts={folder: read_json(needed[f"{folder}/verdict.json"]) for folder in trained},
         logs=logs, metrics=metrics[of_arms], rivals=metrics[~of_arms],
-        comparisons=pd.read_csv(needed["evaluation/comparisons.csv"]),
+        comparisons=pd.read_csv(needed["evaluation/comparisons_by_seed.csv"]).query("versus == 'baseline'"),
+        primary=pd.read_csv(needed["evaluation/primary.csv"]), frontier=pd.read_csv(needed["evaluation/frontier.csv"]),
+        points=pd.read_csv(needed["evaluation/frontier_points.csv"]),
         curves=curves[curves["arm"].isin([*arms, "base"])],
         safety_sources=read_sources(run_dir / "evaluation"))  # fmt: skip
 

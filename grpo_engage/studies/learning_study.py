@@ -245,7 +245,7 @@ def at_distance(table: pd.DataFrame, distance: float, metric: str) -> pd.DataFra
         wide = part.pivot(index="step", columns="post", values=metric).loc[reached.index].to_numpy()
         place = max(int(np.searchsorted(reached.to_numpy(), distance)), 1)
         low, high = reached.iloc[place - 1], reached.iloc[place]
-        share = (distance - low) / (high - low)
+        share = (np.sqrt(distance) - np.sqrt(low)) / (np.sqrt(high) - np.sqrt(low))
         rows.append(pd.DataFrame({"setting": name, "seed": seed, "post": np.sort(part["post"].unique()),
                                   metric: (1 - share) * wide[place - 1] + share * wide[place]}))
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=["setting", "seed", "post", metric])
