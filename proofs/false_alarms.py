@@ -11,7 +11,7 @@ Data, adapters and evaluation are the pipeline's own functions. The adapters of 
 once: runs take disjoint sets of four until the pool is used up, then it is dealt again in another order; each run has
 posts of its own draw. Runs of `shuffled likes` share the texts, and nothing that was learned.
 
-    python proofs/false_alarms.py OUT.csv [--runs 24]   # about 25 minutes on two cores; goes on where it was cut off
+    python proofs/false_alarms.py OUT.csv [--runs 24]   # half an hour on two cores; goes on where it was cut off
 
 OUT.csv gets a row for each run and claim as the runs end, OUT_table.csv at the end the share of runs with each claim,
 its exact interval and what was promised.
@@ -19,7 +19,7 @@ its exact interval and what was promised.
 
 import argparse
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from hashlib import sha256
 from io import StringIO
@@ -47,10 +47,10 @@ from grpo_engage.train.settings import TrainSettings
 KINDS = ("A/A baseline", "A/A grpo", "shuffled likes", "noise reward")
 SEEDS = (0, 1)
 STEPS = {"baseline": 20, "grpo": 10}
-TRAINING = dict(posts_per_step=4, num_generations=8, gradient_accumulation=0, watch_every=0, report_to="none",
-                save_steps=1000, allow_unvalidated_reward=True, reward="learned")
+TRAINING = dict(max_new_tokens=20, posts_per_step=4, num_generations=8, gradient_accumulation=0, watch_every=0,
+                report_to="none", save_steps=1000, allow_unvalidated_reward=True, reward="learned")
 EVALUATION = dict(arms=["baseline", "again"], seeds=list(SEEDS), include_base=False, n_test_posts=24,
-                  n_validation_posts=24, n_samples=16, batch_size=384, embeddings=False, n_boot=500)
+                  n_validation_posts=24, n_samples=16, max_new_tokens=20, batch_size=384, embeddings=False, n_boot=500)
 CONVERSATIONS, SHUFFLED_CONVERSATIONS = 1200, 500
 FRACTIONS = [0.3, 0.25, 0.13, 0.16, 0.16]
 COLUMNS = ["kind", "run", "claim", "claimed", "promised"]
@@ -187,10 +187,12 @@ def noise(run: int) -> Callable:
     return reward
 
 
-def evaluate(world: Path, folder: Path, adapters: dict[str, list[Path]], run: int, judge: str) -> dict[str, bool]:
+def evaluate(world: Path, folder: Path, adapters: dict[str, list[Path]], run: int, judge: str,
+             temperatures: Sequence[float] = ()) -> dict[str, bool]:
     """`claims_of` the stage evaluation in `folder` (removed afterwards), on posts that number `run` draws.
 
-    adapters: arm -> folders with an adapter, one for each of SEEDS.
+    adapters: arm -> folders with an adapter, one for each of SEEDS. temperatures: beside 1, of which each arm then gets
+    the one that is best on validation.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -199,7 +201,7 @@ def evaluate(world: Path, folder: Path, adapters: dict[str, list[Path]], run: in
     for arm, places in adapters.items():
         for seed, place in zip(SEEDS, places, strict=True):
             shutil.copytree(place / "adapter", folder / "train" / arm / f"seed{seed}" / "adapter")
-    settings = EvaluationSettings.make(**EVALUATION, judge=judge, seed=run)
+    settings = EvaluationSettings.make(**EVALUATION, judge=judge, seed=run, temperatures=list(temperatures))
     with patch.object(evaluation, "draw_figures", lambda *_, **__: []):  # half of the time, and no claim
         evaluation.evaluation_stage(folder, settings)
     tables = {name: pd.read_csv(path) for name in ("decision", "comparisons", "robustness", "primary")
@@ -219,18 +221,18 @@ def pool_folder(work: Path, arm: str, seed: int) -> Path:
     return work / "pool" / arm / f"seed{seed}"
 
 
-def pseudo_run(work: Path, kind: str, run: int, pool: int) -> pd.DataFrame:
+def pseudo_run(work: Path, kind: str, run: int, pool: int, temperatures: Sequence[float] = ()) -> pd.DataFrame:
     """Rows of OUT.csv (COLUMNS) of one run of `kind`; its folder is removed when it ends."""
     world, folder, claims = work / "world", work / f"{kind.replace('/', '').replace(' ', '_')}-{run}", {}
-    taken = dealt(run, pool)
+    taken, judge = dealt(run, pool), "model" if kind == "shuffled likes" else "auto"
     if kind.startswith("A/A"):
         places = [pool_folder(work, kind.removeprefix("A/A "), seed) for seed in taken]
-        claims |= evaluate(world, folder / "run", {"baseline": places[:2], "again": places[2:]}, run, "auto")
+        adapters = {"baseline": places[:2], "again": places[2:]}
     elif kind == "noise reward":
         starts, paid = [pool_folder(work, "baseline", seed) for seed in taken[:2]], [folder / f"{s}" for s in SEEDS]
         for seed, start, out in zip(taken, starts, paid, strict=False):
             train(world, out, "grpo", seed, start / "adapter", noise(run), f"noise {run}")
-        claims |= evaluate(world, folder / "run", {"baseline": starts, "again": paid}, run, "auto")
+        adapters = {"baseline": starts, "again": paid}
     else:
         world = folder / "world"
         for name in ("data", "heuristic_reward", "policy"):
@@ -243,7 +245,8 @@ def pseudo_run(work: Path, kind: str, run: int, pool: int) -> pd.DataFrame:
         for seed, start, out in zip(SEEDS, starts, paid, strict=True):
             train(world, start, "baseline", seed)
             train(world, out, "grpo", seed, start / "adapter")
-        claims |= evaluate(world, folder / "run", {"baseline": starts, "again": paid}, run, "model")
+        adapters = {"baseline": starts, "again": paid}
+    claims |= evaluate(world, folder / "run", adapters, run, judge, temperatures)
     shutil.rmtree(folder)
     return pd.DataFrame([[kind, run, claim, int(made), promised(kind, claim)] for claim, made in claims.items()],
                         columns=COLUMNS)
@@ -272,7 +275,8 @@ def finished(out: Path) -> pd.DataFrame:
     return pd.read_csv(out) if out.exists() else pd.DataFrame(columns=COLUMNS)
 
 
-def run_all(out: Path, work: Path, n_runs: int, kinds: list[str], jobs: int, pool: int) -> pd.DataFrame:
+def run_all(out: Path, work: Path, n_runs: int, kinds: Sequence[str], jobs: int, pool: int,
+            temperatures: Sequence[float] = ()) -> pd.DataFrame:
     """Make what is missing of OUT.csv, then write and return the table beside it."""
     rows = finished(out)
     done = set(rows[["kind", "run"]].itertuples(index=False, name=None))
@@ -288,7 +292,7 @@ def run_all(out: Path, work: Path, n_runs: int, kinds: list[str], jobs: int, poo
             list(in_parallel(jobs, calls, f"pool of {arm}"))
     if any(kind == "shuffled likes" for kind, _ in wanted):
         list(in_parallel(1, [(make_data, work / "plain", SHUFFLED_CONVERSATIONS)], "data to shuffle"))
-    for made in in_parallel(jobs, [(pseudo_run, work, kind, run, pool) for kind, run in wanted], "runs"):
+    for made in in_parallel(jobs, [(pseudo_run, work, kind, run, pool, temperatures) for kind, run in wanted], "runs"):
         rows = pd.concat([rows, made], ignore_index=True) if len(rows) else made
         write_csv(out, rows.sort_values(["kind", "run"], kind="stable"))
     if rows.empty:
@@ -304,6 +308,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="OUT.csv; its finished runs are kept")
     parser.add_argument("--runs", type=int, default=24, help="runs of each kind")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--temperatures", nargs="*", type=float, default=[],
+                        help="beside 1, for every arm: each doubles the replies (another OUT for another list)")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--pool", type=int, default=48, help="adapters of each arm of the A/A kinds, four a run")
     parser.add_argument("--work", type=Path, default=REPO_ROOT / "outputs" / "false_alarms",
@@ -311,7 +317,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.runs < 1 or args.pool < 4:
         parser.error(f"--runs {args.runs} must be at least 1 and --pool {args.pool} at least 4")
-    table = run_all(args.out, args.work, args.runs, args.kinds, args.jobs, args.pool)
+    table = run_all(args.out, args.work, args.runs, args.kinds, args.jobs, args.pool, args.temperatures)
     print(table.round(3).to_string(index=False))
 
 
