@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 
 from grpo_engage.evaluation import conclusions
@@ -44,10 +45,21 @@ def test_lower_is_better_for_self_bleu_and_a_loss_is_named():
     assert recommend(decision).startswith("Proceed") and "minimum level reached" in recommend(decision)
 
 
-def test_one_seed_or_a_missing_metric_is_inconclusive_with_a_reason():
+def test_one_seed_is_decided_over_posts_and_says_so():
     one = decide(table({"baseline": BASE, "grpo": GOOD}, n_seeds=1))
-    left = one[one["criterion"] != "training completes"]
+    lead = one[one["criterion"].str.startswith("pass@10 above")].iloc[0]
+    assert lead["status"] == "met" and lead["reason"] == "interval over posts, of one trained seed"
+    single = table({"baseline": BASE, "grpo": GOOD}, n_seeds=1)
+    values = [single[(single["arm"] == arm) & (single["metric"] == "pass@10")]["value"].to_numpy()
+              for arm in ("grpo", "baseline")]
+    expected = ttest_rel(*values).confidence_interval()
+    assert (lead["ci_low"], lead["ci_high"]) == pytest.approx(tuple(expected))
+    nothing = decide(table({"baseline": BASE, "grpo": GOOD}, n_seeds=1, n_posts=1))
+    left = nothing[nothing["criterion"] != "training completes"]
     assert (left["status"] == "inconclusive").all() and (left["reason"] != "").all()
+
+
+def test_a_missing_metric_is_inconclusive_with_a_reason():
     data = table({"baseline": BASE, "grpo": GOOD})
     data.loc[data["metric"] == "rouge_l", "value"] = np.nan
     decision = decide(data)
@@ -89,7 +101,7 @@ def by_p_values(monkeypatch, p_values, difference=0.1):
     """`decide` for arms whose comparisons with the baseline have these p-values (metric or arm -> p)."""
     def compared(by_post, arm, versus, metric):
         p = p_values.get(arm, p_values.get(metric, 0.9))
-        return {"difference": difference, "low": -1.0, "high": 1.0, "p_value": p, "reason": ""}
+        return {"difference": difference, "low": -1.0, "high": 1.0, "p_value": p, "reason": "", "over": ""}
 
     monkeypatch.setattr(conclusions, "compare_arms", compared)
     return decide(table({"baseline": BASE} | {arm: GOOD for arm in p_values if arm not in GUARDED} | {"other": GOOD}))
@@ -105,8 +117,23 @@ def test_the_lead_over_the_baseline_is_corrected_for_the_number_of_arms(monkeypa
     assert lead.loc["grpo", "status"] == "inconclusive"  # 0.02 alone would have done
 
 
-def test_a_loss_is_corrected_for_the_number_of_metrics(monkeypatch):
-    for p, expected in ((0.02, "met"), (0.001, "not met")):
-        decision = by_p_values(monkeypatch, {"rouge_l": p}, difference=-0.1)
-        row = decision[decision["criterion"].str.startswith("no metric")].iloc[0]
-        assert row["status"] == expected, p
+@pytest.mark.parametrize(("difference", "margin", "expected"), [
+    (-0.01, 0.05, "met"), (-0.05, 0.05, "inconclusive"), (-0.2, 0.05, "not met"), (-0.2, 0.3, "met")])
+def test_no_worse_is_a_margin_and_not_a_missing_proof(difference, margin, expected):
+    """A wide interval around nothing used to count as "not significantly below"."""
+    decision = decide(table({"baseline": BASE, "grpo": BASE | {"rouge_l": BASE["rouge_l"] + difference}}), margin=margin)
+    row = decision[decision["criterion"].str.startswith("no metric below")].iloc[0]
+    assert row["status"] == expected, row["reason"]
+    noisy = decide(table({"baseline": BASE, "grpo": BASE}, n_seeds=2, n_posts=4, noise=0.5))
+    assert noisy[noisy["criterion"].str.startswith("no metric below")]["status"].item() == "inconclusive"
+
+
+def test_the_recommendation_is_one_paragraph_with_the_primary_endpoint():
+    decision = decide(table({"baseline": BASE, "grpo": GOOD}))
+    primary = pd.DataFrame([{"arm": "grpo", "temperature": 0.5, "versus_temperature": 0.7, "value": 0.91,
+                             "baseline": 0.7, "difference": 0.21, "low": 0.1, "high": 0.32, "p_value": 1e-5, "p_holm": 1e-5,
+                             "conclusion": "above", "over": "posts and seeds", "smallest": 0.15, "n_posts": 40,
+                             "n_seeds": 4}])
+    told = recommend(decision, primary)
+    assert "\n" not in told and "+0.21 [+0.10, +0.32]" in told and "p < .001" in told and "nan" not in told.lower()
+    assert "three seeds" not in told and "three seeds" in recommend(decision, primary.assign(n_seeds=1))

@@ -18,7 +18,7 @@ from statsmodels.stats.multitest import multipletests
 from grpo_engage.evaluation import evaluation, generation, post_metrics, robustness, scoring
 from grpo_engage.evaluation.settings import EvaluationSampling
 from grpo_engage.stats.intervals import paired_difference
-from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
+from grpo_engage.text.metrics import distinct_n, pass_at_k, rouge_l, script_words, self_bleu, words
 from grpo_engage.text.safety import SAFETY_SOURCES
 from grpo_engage.text.safety_model import SafetyClassifier
 
@@ -71,20 +71,29 @@ def test_distinct_n_by_hand(texts, n):
     assert distinct_n(texts, n) == pytest.approx(expected, nan_ok=True)
 
 
-def test_rouge_l_equals_the_package_on_plain_words_and_reads_other_scripts():
-    rng, stock = np.random.default_rng(0), RougeScorer(["rougeL"])
-    for _ in range(50):
-        text, *references = (" ".join(rng.choice(["ab", "cd", "ef", "gh"], size=rng.integers(1, 9))) for _ in range(4))
-        expected = max(stock.score(reference, text)["rougeL"].fmeasure for reference in references)
-        assert rouge_l(text, references) == pytest.approx(expected)
-    assert rouge_l("да, спасибо 👍", ["спасибо 👍"]) == pytest.approx(2 * 0.5 / 1.5)
+def test_rouge_l_is_missing_where_the_package_reads_nothing_and_any_script_is_read_beside_it():
+    stock = RougeScorer(["rougeL"])
     assert stock.score("спасибо 👍", "да, спасибо 👍")["rougeL"].fmeasure == 0  # what the stock tokenizer would say
+    found = post_metrics.read_replies(["post"] * 3, ["да, спасибо 👍", "So true!", "да"],
+                                      [["спасибо 👍"], ["It's true.", "да"], ["So true."]])
+    assert math.isnan(found["rouge_l"][0]) and found["rouge_l"][1:].tolist() == [pytest.approx(2 / 5), 0.0]
+    assert found["rouge_l_any_script"].tolist() == [pytest.approx(2 * 1 / 3), pytest.approx(2 / 5), 0.0]
+    scored = pd.DataFrame({"arm": "a", "seed": 0, "post": [0, 0, 1], "passed": True, "text": "x", "judge": 0.5,
+                           "reward": 0.5, "gold": math.nan}).join(found)
+    by_post = post_metrics.metrics_by_post(scored)
+    table, notes = scoring.summary_table(by_post, 100, 0)
+    assert table.set_index("metric").loc["rouge_l", "n"] == 2
+    scored["rouge_l"] = [math.nan, math.nan, 0.5]
+    table, notes = scoring.summary_table(post_metrics.metrics_by_post(scored), 100, 0)
+    assert table.set_index("metric").loc["rouge_l", ["value", "n"]].tolist() == [0.5, 1]
+    assert any("rouge_l could not be computed for 1 of 2 posts (no real reply with a word of a-z" in n for n in notes)
 
 
 @pytest.mark.parametrize("text", ["", " ", "word", "👍" * 5000, "x" * 10_000, "ab " * 3000, "नमस्ते", "\u200d\ufe0f",
                                   "a\x00b", "\ud800"])
 def test_metrics_take_any_text(text):
-    for value in (self_bleu([text, text, "other words"]), distinct_n([text], 2), rouge_l(text, ["some words", "x"])):
+    for value in (self_bleu([text, text, "other words"]), distinct_n([text], 2), rouge_l(text, ["some words", "x"]),
+                  rouge_l(text, ["some words", text], script_words)):
         assert math.isnan(value) or 0 <= value <= 1
 
 

@@ -12,6 +12,7 @@ import pytest
 import typst
 
 from grpo_engage.base.core import read_json, write_csv, write_json, write_parquet
+from grpo_engage.paper import arms as arms_of
 from grpo_engage.paper import exhibits, paper, results
 from grpo_engage.paper.exhibits import number, with_interval
 from grpo_engage.paper.pdf import HOW_TO_GET_LATEX, build_pdf, escape_latex, latex_obstacle, undefined_macros
@@ -69,11 +70,11 @@ def make_run(run_dir: Path, arms=("baseline", "grpo"), seeds=(0,), policy="nano"
             folder = run_dir / "train" / arm / f"seed{seed}"
             steps = np.arange(1, 9)
             write_csv(folder / "train_log.csv", pd.DataFrame(
-                {"step": steps, "loss": 3 / steps, "reward": np.nan if arm == "baseline" else steps / 10}))
+                {"step": steps, "loss": 3 / steps, "reward": steps / 10 if rewarded(arm) else np.nan}))
             write_json(folder / "verdict.json", {
-                "loss_falling": {"answer": "yes" if arm == "baseline" else NOT_ASKED},
-                "reward_rising": {"answer": NOT_ASKED if arm == "baseline" else "not visibly"}})
-            write_json(folder / "manifest.json", manifest("train", wall_seconds=36.0, parameters=TRAINING))
+                "loss_falling": {"answer": NOT_ASKED if rewarded(arm) else "yes"},
+                "reward_rising": {"answer": "not visibly" if rewarded(arm) else NOT_ASKED}})
+            write_json(folder / "manifest.json", manifest("train", wall_seconds=36.0, **trained(arm)))
     return run_dir
 
 
@@ -89,7 +90,24 @@ VALIDATION = {
                      for name in ("reward", "judge", "heuristic", "length", "tfidf_ridge", "metadata")}},
 }
 TRAINING = {"max_steps": 8, "batch_size": 16, "learning_rate_supervised": 1e-3, "learning_rate_policy": 5e-4,
-            "posts_per_step": 4, "num_generations": 4, "reward": "combined", "kl_weight": 0.02, "loss_type": "dapo"}
+            "posts_per_step": 4, "num_generations": 4, "reward": "combined", "kl_weight": 0.02, "loss_type": "dapo",
+            "warmup_steps": 0, "lora_r": 16}
+WEIGHTS = {"polychromic": (1.0, 0.0, 0.3), "grpo": (0.0, 1.0, 0.0), "hybrid": (0.3, 0.5, 0.2)}
+
+
+def rewarded(arm: str) -> bool:
+    return arm in WEIGHTS and WEIGHTS[arm][1] > 0
+
+
+def trained(arm: str, **changes) -> dict:
+    """What the training stage notes of an arm: its parameters, weights, and how many replies it sampled."""
+    alpha, beta, lam = WEIGHTS.get(arm, (1.0, 0.0, 0.0))
+    given = TRAINING | changes
+    sampled = given["max_steps"] * given["posts_per_step"] * given["num_generations"] if beta or lam else 0
+    return {"parameters": given, "counts": {"replies_sampled": sampled},
+            "objective": {"alpha": alpha, "beta": beta, "lam": lam, "warm_start": "baseline" if beta else "base"}}
+
+
 NOT_ASKED = "not asked of this arm"
 
 
@@ -126,7 +144,8 @@ def test_everything_is_there(smoke):
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     figures = {f"figures/{name}.{kind}" for name in ("data_margins", "training_curves", "pass_at_k")
                for kind in ("pdf", "png")}
-    tables = {f"tables/{name}.tex" for name in ("results", "comparisons", "data", "rewards", "provenance")}
+    tables = {f"tables/{name}.tex" for name in ("results", "arms", "rivals", "comparisons", "data", "rewards",
+                                                "provenance")}
     assert figures | tables | {"macros.tex", "main.tex", "main.pdf", "manifest.json", "references.bib"} <= names
     facts = read_json(folder / "manifest.json")
     assert facts["status"] == "completed" and facts["smoke"] is True and facts["pdf"]["engine"] == "typst"
@@ -203,8 +222,12 @@ def test_other_runs_have_no_banner_and_say_what_their_seeds_support(tmp_path):
     assert macros["NumSeeds"] == "3 training seeds" and macros["RunBanner"] == ""
     assert "GoldAppealGrpo" not in macros  # NaN: not computable on real data, so it cannot be quoted
     assert "Appeal" not in (run_dir / "paper" / "tables" / "results.tex").read_text()
-    make_run(tmp_path / "few", seeds=(0, 1), policy="smollm2-135m")
-    stage(tmp_path / "few", seeds=[0, 1], preset="pheme-cpu")
+    arms = ["baseline", "polychromic", "grpo", "hybrid", "baseline_long", "a_b"]  # more than a page is wide
+    make_run(tmp_path / "few", arms=arms, seeds=(0, 1), policy="smollm2-135m")
+    stage(tmp_path / "few", arms=arms, seeds=[0, 1], preset="pheme-cpu")
+    found = [line.split(" & ") for line in (tmp_path / "few/paper/tables/arms.tex").read_text().splitlines()]
+    assert [line[1:] for line in found if line[0] == "Reward calls"] == [["0", "0", "128", "128", r"0 \\"],
+                                                                        ["0", "", "", "", r" \\"]]
     assert "supports no claim" in read_macros(tmp_path / "few")["ClaimStatement"]
 
 
@@ -370,7 +393,7 @@ def test_an_override_of_the_gate_marks_every_table_and_the_text(tmp_path):
     path = run_dir / "train" / "grpo" / "seed0" / "manifest.json"
     write_json(path, read_json(path) | {"reward_validated": False})
     built = stage(run_dir)
-    assert len(tables) == 6 and all(path.read_text().count("Reward not validated") == 1 for path in tables)
+    assert len(tables) == 7 and all(path.read_text().count("Reward not validated") == 1 for path in tables)
     assert "did not pass its validation" in read_macros(run_dir)["RewardStatement"] and built["engine"] == "typst"
 
 
@@ -390,3 +413,100 @@ def test_a_judge_that_decides_and_did_not_pass_marks_every_table_and_the_text(tm
     write_json(path, {name: value for name, value in found.items() if name != "verdicts"})
     with pytest.raises(ValueError, match="run the stage reward_model again"):
         stage(run_dir)
+
+
+# ---- sentences that were wrong --------------------------------------------------------------------------------------
+
+def sentence(run, arm: str) -> str:
+    """What the paper says of one arm's training, as plain text."""
+    said = arms_of.training_sentences(run).replace("{,}", ",").replace("{}", "")
+    return re.search(rf"\\texttt\{{{arm}\}} (.*?)(?= \\texttt|$)", said).group(1)
+
+
+def test_training_is_told_by_what_each_arm_took_and_not_by_the_stages_parameters(tmp_path):
+    """polychromic was said to take the baseline's 16 references; it takes one for each of its posts, and samples."""
+    arms = ["baseline", "polychromic", "grpo", "hybrid"]
+    run = results.load_run(make_run(tmp_path, arms=arms), arms, [0])
+    assert "8 steps of 16 references, at a learning rate of 0.001, falling to zero" in sentence(run, "baseline")
+    assert "of 4 references and 16 sampled replies (4 to each of 4 posts), at a learning rate of 0.001" in sentence(
+        run, "polychromic")
+    assert "reward" not in sentence(run, "polychromic").split(";")[0] and "from base)" in sentence(run, "polychromic")
+    assert "of 16 sampled replies (4 to each of 4 posts), at a learning rate of 0.0005, constant" in sentence(
+        run, "grpo")
+    assert "weights 0.3, 0.5, 0.2, from baseline" in sentence(run, "hybrid")
+    assert "4 references and 16 sampled" in sentence(run, "hybrid") and "combined reward" in sentence(run, "hybrid")
+    assert "its loss fell says: yes (1 of 1)" in sentence(run, "polychromic")
+
+
+def cells(table: str) -> dict[str, list[str]]:
+    """Rows of a tabular by their first cell."""
+    lines = [line.rstrip("\\ ").split(" & ") for line in table.splitlines() if " & " in line]
+    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+
+
+def test_the_table_of_arms_holds_all_that_differs_and_nothing_else(tmp_path):
+    arms = ["baseline", "polychromic", "grpo"]
+    run_dir = make_run(tmp_path, arms=arms)
+    found = cells(arms_of.arms_table(results.load_run(run_dir, arms, [0])))
+    assert found["References a step"] == ["16", "4", "0"] and found["Reward calls"] == ["0", "0", "128"]
+    assert found["Learning rate"] == ["0.001", "0.001", "0.0005"]
+    assert found["Replies sampled in all"] == ["0", "128", "128"] and "Steps" not in found
+    assert not any("lora" in row for row in found)
+    path = run_dir / "train" / "grpo" / "seed0" / "manifest.json"
+    write_json(path, read_json(path) | trained("grpo", lora_r=8, max_steps=9, model="/home/somebody/x"))
+    made = arms_of.arms_table(results.load_run(run_dir, arms, [0]))
+    assert cells(made)["Steps"] == ["8", "8", "9"] and cells(made)[r"\texttt{lora\_r}"] == ["16", "16", "8"]
+    assert "somebody" not in made
+
+
+def test_a_run_of_a_version_that_did_not_note_the_objective_is_named(tmp_path):
+    run_dir = make_run(tmp_path)
+    path = run_dir / "train" / "grpo" / "seed0" / "manifest.json"
+    write_json(path, {name: value for name, value in read_json(path).items() if name != "objective"})
+    with pytest.raises(ValueError, match=r"train/grpo/seed0/manifest.json .* train the arm again"):
+        stage(run_dir)
+
+
+def macros_of(run_dir: Path, arms=("baseline", "grpo"), usd_per_hour: float = 2.0) -> dict[str, str]:
+    """What the paper could quote, without making it."""
+    run = results.load_run(run_dir, arms, [0])
+    return paper.run_macros(run, title="x", preset="x", usd_per_hour=usd_per_hour)
+
+
+def test_a_number_on_part_of_the_posts_says_on_how_many(tmp_path):
+    run_dir = make_run(tmp_path / "smoke")
+    path = run_dir / "evaluation" / "metrics.csv"
+    metrics = pd.read_csv(path)
+    few = (metrics["metric"] == "pass@10") & (metrics["arm"] == "grpo")
+    real = metrics[metrics["arm"] == "baseline"].assign(arm="real")
+    real.loc[real["metric"] == "pass@10", ["value", "n"]] = [1.0, 3]
+    write_csv(path, pd.concat([metrics.assign(n=metrics["n"].where(~few, 12)), real]))
+    run, macros = results.load_run(run_dir, ["baseline", "grpo"], [0]), macros_of(run_dir)
+    row = next(line for line in exhibits.results_table(run, 2.0).splitlines() if line.startswith("Pass@10"))
+    assert row.count("$n$") == 1 and "($n$ = 12)" in row.split("&")[-1]
+    assert "1.00 ($n$ = 3)" in exhibits.rivals_table(run)
+    assert macros["ResultSentences"].count("($n$ = 12)") == 1 and "$n$ = 16" not in macros["ResultSentences"]
+    assert (macros["PassTenGrpoPosts"], macros["PassTenBaselinePosts"]) == ("12", "16")
+
+
+def test_without_a_price_no_cost_is_stated(tmp_path):
+    run_dir = make_run(tmp_path / "smoke")
+    macros = macros_of(run_dir, usd_per_hour=0.0)
+    assert {macros[name] for name in ("TotalCost", "UsdPerHour", "TrainCostGrpo")} == {exhibits.NO_PRICE}
+    table = exhibits.results_table(results.load_run(run_dir, ["baseline", "grpo"], [0]), 0.0)
+    assert cells(table)["Training cost (USD)"] == ["--", exhibits.NO_PRICE, exhibits.NO_PRICE] and "36.0" in table
+    priced = macros_of(run_dir)  # five stages of 12.5 s and two trainings of 36 s at 2 dollars an hour
+    assert (priced["TotalCost"], priced["UsdPerHour"]) == ("0.07 US dollars", "2.00 US dollars")
+
+
+def test_sentences_follow_the_run(tmp_path):
+    simulated, real = make_run(tmp_path / "a"), make_run(tmp_path / "b", source="file")
+    write_json(real / "reward_model" / "manifest.json", manifest("reward_model", parameters={
+        "shared_features": True, "members": 5, "hidden_size": 0, "control": "residual", "validate_on": "test"}))
+    for run_dir, limit, shares in ((simulated, "are simulated", "not recorded"), (real, "one file", "shares features")):
+        macros = macros_of(run_dir)
+        assert limit in macros["DataLimit"] and shares in macros["JudgeShares"]
+    assert macros["RewardHeads"] == "an ensemble of 5 linear models" and macros["ValidatedOn"] == "test"
+    assert r"\texttt{residual}" in macros["Confounds"]
+    # What an arm does is the run's to say, and whose figures are published is not to be made up.
+    assert not re.search(r"published (share|margin|quantile)|\\texttt\{(grpo|hybrid|polychromic)\}", SOURCE.read_text())

@@ -198,7 +198,7 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
 
     Written: stage, status (running, completed, failed), parameters, git commit and dirty flag, package versions,
     hardware, SHA-256 of each input, start time (UTC), wall_seconds, cost_usd (= hours x `usd_per_hour`, the price of
-    the machine), and on failure the error.
+    the machine; null where none is given, 0), and on failure the error.
 
     Raises: FileNotFoundError when an input is missing, naming it.
     """
@@ -221,7 +221,7 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
     finally:
         seconds = time.monotonic() - start
         facts |= {"wall_seconds": round(seconds, 3), "usd_per_hour": usd_per_hour,
-                  "cost_usd": round(seconds / 3600 * usd_per_hour, 6)}
+                  "cost_usd": round(seconds / 3600 * usd_per_hour, 6) if usd_per_hour else None}
         write_json(folder / "manifest.json", facts)
 
 # %% ../../nbs/base/00_core.ipynb #c028

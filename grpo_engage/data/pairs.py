@@ -44,6 +44,7 @@ def sample_conversations(
     return pairs[pairs.conversation_id.isin(order)]
 
 # %% ../../nbs/01_data.ipynb #c009
+# Counted by us in our own conversion of PHEME-RNR, not published by its authors.
 PHEME_REFERENCE = {"share_zero": 0.71, "median": 0.0, "p90": 2.0, "p99": 8.0, "max": 2964.0}
 
 
@@ -76,7 +77,7 @@ def _draw_survival(axis, tables: Mapping[str, pd.Series], label: str) -> None:
 
 
 def draw_margins(tables: Mapping[str, pd.DataFrame]):
-    """A matplotlib figure of the margins of one or more data sets {name: pairs}, with PHEME's published marks."""
+    """A matplotlib figure of the margins of one or more data sets {name: pairs}, with marks of PHEME."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure and shows it twice in a notebook
 
     style()

@@ -18,6 +18,7 @@ from ..base.plots import savefig, style
 from ..data.truth import gold_of
 from .arm_files import arm_file_name, file_replies
 from .conclusions import beside_projection, compare_arms, decide, mark_judge, recommend
+from .endpoints import at_best, endpoints, sampled_temperatures, write_endpoints
 from .generation import COLUMNS, Job, generate_part, plan_jobs
 from .ladder import ladder_rungs, rung_scorers, write_ladder
 from .pictures import draw_figures
@@ -101,7 +102,9 @@ def generate(run_dir: Path, posts: dict[str, pd.DataFrame], known_posts: Sequenc
     write_parquet(folder / "generations.parquet", generations)
     write_parquet(folder / "systems.parquet", everything[is_system].reset_index(drop=True))
     write_csv(folder / "costs.csv", pd.DataFrame(costs))
-    write_json(folder / "generation.json", {"notes": notes})
+    write_json(folder / "generation.json", {
+        "notes": notes, "temperature": settings.sampling.temperature, "temperatures": settings.every_temperature(),
+        "arms_with_choice": settings.arms_with_choice()})
     return generations
 
 # %% ../../nbs/08_evaluation.ipynb #c015
@@ -110,8 +113,9 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
 
     Also writes into run_dir/evaluation: pass.json (unless it is there), scores.parquet, curves.csv, notes.csv,
     comparisons.csv (over posts), comparisons_by_seed.csv (over posts and seeds), robustness.csv, decision.csv,
-    projected.csv, recommendation.txt, systems.csv, ladder.csv, ladder_agreement.csv, training_path.csv, safety.json
-    (what insults are counted by) and figures/. Raises ValueError when something that these need is missing.
+    projected.csv, recommendation.txt, systems.csv, ladder.csv, ladder_agreement.csv, training_path.csv, the endpoints
+    (temperatures.csv, primary.csv, frontier.csv, pass_rule.csv, see `evaluation/13_endpoints`), safety.json (what
+    insults are counted by) and figures/. Raises ValueError when something that these need is missing.
     """
     given, run_dir = Scoring.given(settings, **changes), Path(run_dir)
     folder, n_boot, seed = run_dir / "evaluation", given.n_boot, given.seed
@@ -143,10 +147,16 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
         posts = posts[posts["post"].isin(chosen["post"])].reset_index(drop=True)
         return score_replies(chosen, posts, scorers, truth, training, classifier=classifier)
 
+    systems = pd.read_parquet(path) if (path := folder / "systems.parquet").exists() else generations.head(0)
+    tried = {split: score(split, part) for split, part in systems.groupby("split")}
     validation = score("validation")
+    sampled = sampled_temperatures(folder / "generation.json")
+    everywhere = pd.concat([validation, *[tried[split] for split in tried if split == "validation"]], ignore_index=True)
+    at_mark, marks = at_best(everywhere, sampled, given.target_pass_at_10)
     judge_folder = run_dir / "reward_model" / "judge" if judge_name == "model" else None
-    frozen, moved = frozen_mark(folder / "pass.json", validation, given.target_pass_at_10, judge_name, second_name,
-                                judge_folder, list(rungs), safety["classifier"])
+    frozen, moved = frozen_mark(folder / "pass.json", at_mark, given.target_pass_at_10, judge_name, second_name,
+                                judge_folder, list(rungs), safety["classifier"],
+                                marks.loc[marks["chosen"], "temperature"].item())
     scored = pd.concat([validation, score("test")], ignore_index=True)
     scored["passed"] = (scored["judge"] >= frozen["tau"]) & allowed(scored)
     write_parquet(folder / "scores.parquet", scored.drop(columns="text"))
@@ -170,13 +180,17 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     write_csv(folder / "robustness.csv", robustness)
     of_arms = by_post[~by_post["arm"].isin(rivals)]  # criteria are for what was trained
     doubts = gate_notes(run_dir, judge_name, trained)
-    decision = mark_judge(mark_unshared(decide(of_arms), robustness), judge_verdict(run_dir, judge_name))
+    arms = [arm for arm in dict.fromkeys(arm for arm, _ in trained) if arm != "baseline"]
+    everything = pd.concat([test, *[tried[split] for split in tried if split == "test"]], ignore_index=True)
+    found = endpoints(everywhere, everything, sampled, frozen, arms, n_boot, seed)
+    write_endpoints(folder, found, marks)
+    decision = mark_judge(mark_unshared(decide(of_arms, primary=found.primary, margin=given.margin), robustness),
+                          judge_verdict(run_dir, judge_name))
     write_csv(folder / "decision.csv", decision)
     write_csv(folder / "projected.csv", beside_projection(of_arms))
-    (folder / "recommendation.txt").write_text(recommend(decision) + "\n", encoding="utf-8")
-    systems = pd.read_parquet(path) if (path := folder / "systems.parquet").exists() else generations.head(0)
-    ladder = pd.concat([test, score("test", systems)] if len(systems) else [test], ignore_index=True)
-    write_ladder(folder, ladder, ladder_rungs(judge_name, second_name, list(rungs), truth is not None), n_boot, seed)
+    (folder / "recommendation.txt").write_text(recommend(decision, found.primary) + "\n", encoding="utf-8")
+    write_ladder(folder, everything, ladder_rungs(judge_name, second_name, list(rungs), truth is not None), n_boot,
+                 seed)
     write_csv(folder / "curves.csv", pass_curves(test, n_boot, seed))
     generated = folder / "generation.json"
     notes = doubts + frozen["warnings"] + moved + (read_json(generated)["notes"] if generated.exists() else []) + notes

@@ -21,7 +21,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from ..base.core import child_seed, file_sha256, read_json, say, write_parquet
-from .settings import EvaluationSampling, EvaluationSettings
+from .settings import EvaluationSampling, EvaluationSettings, sampled_as
 from ..policy.replies import instruction_of, loading_options, read_policy
 from grpo_engage.policy.sampling import (
     PromptTooLong,
@@ -63,10 +63,14 @@ def plan_jobs(settings: EvaluationSettings, marks: Mapping[tuple[str, int], Sequ
     jobs += [Job(arm, "rival" if settings.is_yardstick(arm) else "trained", seed, "test", arm)
              for arm in arms for seed in seeds]
     jobs += [Job("base", "base", seeds[0], "test")] if settings.include_base else []
-    jobs += [Job(f"{arm}_T{value:g}", "rival" if arm == "baseline" else "system", seed, "test",
+    usual = settings.sampling.temperature
+    jobs += [Job(sampled_as(arm, value, usual), "rival" if arm == "baseline" else "system", seed, "test",
                  "" if arm == "base" else arm, float(value))
              for arm in settings.systems_at() for value in settings.temperatures
              for seed in (seeds[:1] if arm == "base" else seeds)]
+    jobs += [Job(sampled_as(arm, value, usual), "system", seed, "validation", arm, float(value))
+             for arm in settings.arms_with_choice() for value in settings.every_temperature() for seed in seeds
+             if arm != "baseline" or value != usual]
     kept = marks if settings.marks else EMPTY
     jobs += [Job(f"{arm}@{step}", "system", seed, "test", arm, mark=step)
              for arm in arms for seed in seeds for step in kept.get((arm, seed), ())]

@@ -17,7 +17,7 @@ from joblib import Parallel, cpu_count, delayed
 
 from ..base.core import progress
 from ..rewards.heuristic import guard_flags
-from ..text.metrics import distinct_n, pass_at_k, rouge_l, self_bleu, words
+from ..text.metrics import distinct_n, pass_at_k, rouge_l, script_words, self_bleu, words
 from ..text.reply_text import count_pairs
 from ..text.safety import CopiedSpans, safety_flags
 from ..text.sets import ead, ngram_vectors, semantic_diversity, vendi
@@ -53,6 +53,7 @@ def _read_replies(posts: Sequence[str], texts: Sequence[str], references: Sequen
         safety_flags(posts, texts, counts).add_prefix("safety_"))
     in_training = _spans_of_training(training)
     return table.assign(
+        rouge_l_any_script=[rouge_l(text, real, script_words) for text, real in zip(texts, references, strict=True)],
         rouge_l=[rouge_l(text, real) for text, real in zip(texts, references, strict=True)],
         n_words=[len(words(text)) for text in texts],
         copied_from_post=[_spans_of_post(post).longest(text) for post, text in zip(posts, texts, strict=True)],
@@ -61,8 +62,9 @@ def _read_replies(posts: Sequence[str], texts: Sequence[str], references: Sequen
 
 def read_replies(posts: Sequence[str], texts: Sequence[str], references: Sequence[Sequence[str]],
                  training: Sequence[str] = (), n_jobs: int | None = None) -> pd.DataFrame:
-    """What can be read off each reply, (n, 15): guard_* (bool), safety_* (1.0, 0.0 or NaN), rouge_l ([0, 1], against
-    the best of its `references`), n_words, copied_from_post and copied_from_training (longest shared span, words).
+    """What can be read off each reply, (n, 16): guard_* (bool), safety_* (1.0, 0.0 or NaN), rouge_l ([0, 1], against
+    the best of its `references`; NaN where rouge-score's tokenizer reads none of them), rouge_l_any_script, n_words,
+    copied_from_post and copied_from_training (longest shared span, words).
 
     posts, texts: n each. references: n lists of real replies. training: replies that the arms were trained on; without
     one copied_from_training is NaN. n_jobs: processes. Raises as `count_pairs` and `rouge_l` do.
@@ -102,7 +104,7 @@ def _averages(groups) -> pd.DataFrame:
     """Means of the columns that each reply has by itself, under the metric's name, one row a group; and proxy_gap."""
     means = {"rouge_l": "rouge_l", "judge": "judge_engagement", "reward": "reward_engagement", "gold": "gold_appeal",
              "n_words": "length", "tokens": "tokens"} | {
-        name: name for name in groups.obj if name.startswith(("copied_", "safety_", "guard_"))}
+        name: name for name in groups.obj if name.startswith(("copied_", "safety_", "guard_", "rouge_l_"))}
     averaged = groups[[name for name in means if name in groups.obj]].mean().rename(columns=means)
     averaged.insert(3, "proxy_gap", averaged["reward_engagement"] - averaged["judge_engagement"])
     return averaged
@@ -154,7 +156,8 @@ _WHY_MISSING = {
     "self_bleu": f"fewer than two replies with a word, {_FEW}", "distinct_2": f"no reply of two words, {_FEW}",
     "ead": f"no reply with a word, {_FEW}", "vendi": f"no reply with a word, {_FEW}",
     "vendi_semantic": f"embeddings are off, {_FEW}", "semantic_diversity": "embeddings are off, or one reply only",
-    "rouge_l": "no real reply with a word", "gold_appeal": "known in the simulator only",
+    "rouge_l": "no real reply with a word of a-z or 0-9, see rouge_l_any_script",
+    "rouge_l_any_script": "no real reply with a letter or digit", "gold_appeal": "known in the simulator only",
     "pass@1": "no reply", "pass@5": "fewer than 5 replies", "pass@10": "fewer than 10 replies",
     "tokens": "not written by the policy here", "copied_from_post": "no reply with a word",
     "copied_from_training": "no reply with a word, or the replies trained on are not known",

@@ -187,13 +187,14 @@ def calibrate(scored: pd.DataFrame, target: float, judge_name: str, column: str 
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c021
 def frozen_mark(path: Path, scored: pd.DataFrame, target: float, judge_name: str, second_name: str,
-                judge_folder: Path | None = None, rungs: Sequence[str] = (),
-                classifier: Mapping | None = None) -> tuple[dict, list[str]]:
+                judge_folder: Path | None = None, rungs: Sequence[str] = (), classifier: Mapping | None = None,
+                temperature: float | None = None) -> tuple[dict, list[str]]:
     """The content of pass.json at `path`, and notes on what changed since it was written; written only when absent.
 
     scored: validation replies with columns judge, second_judge and those of `rungs` (further judges, see
     `rung_column`), each of which gets a mark. judge_folder: the judge model's files, for their hash. classifier: facts
-    of the one behind guard_toxic. Raises ValueError when the file is another judge's or lacks something.
+    of the one behind guard_toxic. temperature: at which the baseline's replies in `scored` were sampled. Where gold is
+    known, "absolute" is a mark on gold itself, the same for all posts (see `evaluation/12_pass_rule`). Raises ValueError when the file is another judge's or lacks something.
     """
     baseline = scored[(scored["arm"] == "baseline") & (scored["split"] == "validation")]
     baseline = baseline.sort_values(["seed", "post", "sample"])[["seed", "post", "sample", "text"]].astype(str)
@@ -208,6 +209,8 @@ def frozen_mark(path: Path, scored: pd.DataFrame, target: float, judge_name: str
             return {key: found[key] for key in ("judge", "tau", "validation_pass_at_10")}
         write_json(path, calibrate(scored, target, judge_name) | {
             "second_judge": short(second_name, "second_judge"),
+            **({"absolute": short("gold", "gold")} if scored["gold"].notna().all() else {}),
+            **({} if temperature is None else {"temperature": temperature}),
             "rungs": {name: short(name, rung_column(name)) for name in rungs}, "inputs": inputs})
     frozen = read_json(path)
     advice = f"{path} is frozen; to set a new pass mark on the validation posts, delete it and score again"

@@ -144,5 +144,6 @@ def update_decision(run_dir: Path) -> pd.DataFrame:
     decision = mark_outside(with_inspection(decision, inspection(votes)), outside_preferences(run_dir))
     write_csv(folder / "decision.csv", decision)
     write_csv(folder / "voters.csv", voter_agreement(votes))
-    (folder / "recommendation.txt").write_text(recommend(decision) + "\n", encoding="utf-8")
+    primary = pd.read_csv(path) if (path := folder / "primary.csv").exists() else None
+    (folder / "recommendation.txt").write_text(recommend(decision, primary) + "\n", encoding="utf-8")
     return decision

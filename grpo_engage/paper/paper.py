@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEEDS_FOR_A_CLAIM', 'SEEDS_FOR_A_CLAIM_NANO', 'FIGURES', 'is_smoke', 'claim_statement', 'banner', 'result_sentences',
-           'training_sentences', 'figure_macros', 'metric_macros', 'reading_macros', 'parameter_macros',
-           'reward_macros', 'reward_statement', 'run_macros', 'macros_text', 'paper_stage']
+           'figure_macros', 'metric_macros', 'parameter_macros', 'reward_macros', 'run_macros', 'macros_text',
+           'paper_stage']
 
 # %% ../../nbs/09_paper.ipynb #c003
 import math
@@ -16,7 +16,9 @@ from pathlib import Path
 from ..base.core import REPO_ROOT, stage_manifest
 from ..base.plots import savefig
 from ..data.truth import gold_of
+from .arms import arms_table, training_sentences
 from grpo_engage.paper.exhibits import (
+    NO_PRICE,
     comparisons_table,
     data_table,
     gate_marks,
@@ -24,6 +26,7 @@ from grpo_engage.paper.exhibits import (
     mark_unvalidated,
     metric_label,
     number,
+    part_of,
     pass_figure,
     policy_weights,
     provenance_table,
@@ -31,7 +34,6 @@ from grpo_engage.paper.exhibits import (
     rewards_table,
     rivals_table,
     training_figure,
-    unvalidated,
     with_interval,
 )
 from .pdf import build_pdf, escape_latex, macro_name
@@ -46,6 +48,7 @@ from grpo_engage.paper.results import (
     training_cost,
 )
 from .settings import PaperSettings
+from .statements import judge_shares, learned_macros, reading_macros, reward_statement
 from ..rewards.gate import verdicts_of
 from ..text.safety import named_sources
 
@@ -84,35 +87,16 @@ def banner(smoke: bool, run_name: str, n_seeds: int) -> str:
 
 # %% ../../nbs/09_paper.ipynb #c010
 def result_sentences(run: Run) -> str:
-    """Pass@10 and Self-BLEU of each arm with intervals (LaTeX)."""
+    """Pass@10 and Self-BLEU of each arm with intervals, and the posts where they are not all (LaTeX)."""
     pooled = pool_seeds(run.metrics).set_index(["arm", "metric"])
     parts = []
     for arm in dict.fromkeys(run.metrics["arm"]):
         values = [f"{metric_label(metric)} of "
                   + with_interval(*pooled.loc[(arm, metric), ["value", "ci_low", "ci_high"]])
+                  + part_of(run, pooled.loc[(arm, metric), "n"])
                   for metric in ("pass@10", "self_bleu")]  # fmt: skip
         parts.append(rf"\texttt{{{escape_latex(arm)}}} had {' and '.join(values)}")
     return f"On the test posts, {'; '.join(parts)}."
-
-
-def training_sentences(run: Run) -> str:
-    """How each arm was trained, from the parameters in its manifest, and whether its loss fell or its reward rose."""
-    parts = []
-    for arm in run.arms:
-        given = run.manifests[f"train/{arm}/seed{run.seeds[0]}"]["parameters"]
-        verdicts = [run.verdicts[f"train/{arm}/seed{seed}"] for seed in run.seeds]
-        rewarded = verdicts[0]["loss_falling"]["answer"] == "not asked of this arm"
-        question, name = ("reward_rising", "reward rose") if rewarded else ("loss_falling", "loss fell")
-        how = f"{given['batch_size']} references, at learning rate {given['learning_rate_supervised']:g}"
-        if rewarded:
-            how = (f"{given['posts_per_step']} posts with {given['num_generations']} sampled replies each, at learning "
-                   f"rate {given['learning_rate_policy']:g}, on the {given['reward']} reward, with a KL weight of "
-                   f"{given['kl_weight']:g} per token and TRL's {given['loss_type']} normalisation of the loss")
-        answers = [verdict[question]["answer"] for verdict in verdicts]
-        said = "; ".join(f"{answer} ({answers.count(answer)} of {len(answers)})" for answer in dict.fromkeys(answers))
-        parts.append(rf"\texttt{{{escape_latex(arm)}}} took {given['max_steps']} steps of {escape_latex(how)}; a trend "
-                     f"test in each seed of whether its {name} says: {escape_latex(said)}.")
-    return " ".join(parts)
 
 
 def _listing(names: Sequence[str]) -> str:
@@ -135,7 +119,7 @@ def figure_macros() -> dict[str, str]:
 
 # %% ../../nbs/09_paper.ipynb #c013
 def metric_macros(run: Run) -> dict[str, str]:
-    """`PassTenBaseline`, `PassTenBaselineLow`, `...High` and so on; NaN is left out, so that quoting it fails."""
+    """`PassTenBaseline`, `...Low`, `...High`, `...Posts` and so on; NaN is left out, so that quoting it fails."""
     macros = {}
     for row in pool_seeds(run.metrics).to_dict("records"):
         for ending, value in (("", row["value"]), ("Low", row["ci_low"]), ("High", row["ci_high"])):
@@ -145,19 +129,9 @@ def metric_macros(run: Run) -> dict[str, str]:
                     raise ValueError(f"two numbers would be called {name} (metric {row['metric']}, arm {row['arm']}): "
                                      "give the arms names that differ in their letters")
                 macros[name] = number(value)
+        if math.isfinite(row["value"]):
+            macros[macro_name(row["metric"], row["arm"]) + "Posts"] = number(row["n"], 0)
     return macros
-
-
-def reading_macros(run: Run) -> dict[str, str]:
-    """`RewardReads` and `JudgeReads`, the backbones of the learned models; of a folder its name alone."""
-    chosen = run.manifests["reward_model"].get("parameters") or {}
-
-    def shown(name: str) -> str:
-        kind, colon, model = name.partition(":")
-        return f"{kind}{colon}{Path(model).name if Path(model).is_absolute() else model}"
-
-    return {f"{model.capitalize()}Reads": escape_latex(shown(chosen.get(f"{model}_backbone", "not recorded")))
-            for model in ("reward", "judge")}
 
 
 def parameter_macros(run: Run) -> dict[str, str]:
@@ -189,18 +163,6 @@ def reward_macros(run: Run) -> dict[str, str]:
         "NumExploits": number(counts["exploits"], 0), "NumExploitsRefused": number(counts["exploits_refused"], 0)}
 
 
-def reward_statement(run: Run) -> str:
-    """The verdicts on learned reward and judge, and a warning where an arm was trained against the former or where the
-    judge that decides did not pass."""
-    verdicts = verdicts_of(run.learned, run.name)
-    warning = (r"\textbf{The learned reward did not pass its validation, and an override allowed training on it: "
-               "nothing about arms trained on it is evidence.} ") if unvalidated(run) else ""
-    if run.pass_rule["judge"] == "model" and not verdicts["judge"]["validated"]:
-        warning += r"\textbf{The judge that decides did not pass its gate: no difference by it is evidence.} "
-    return (f"{warning}The gate says of the reward: {escape_latex(verdicts['reward']['text'])}; of the judge: "
-            f"{escape_latex(verdicts['judge']['text'])}.")
-
-
 def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dict[str, str]:
     """Everything that paper/main.tex may quote from the run: name of the macro -> LaTeX."""
     smoke, n_seeds = is_smoke(preset, run.name), len(run.seeds)
@@ -222,22 +184,27 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
         "NumReplies": number(len(run.rows), 0), "NumConversations": number(run.rows["conversation_id"].nunique(), 0),
         "NumRejected": number(run.n_rejected, 0),
         "ShareZeroLikes": number(float((run.rows["reply_likes"].dropna() == 0).mean()) * 100, 1) + r"\%",
+        "DataLimit": "The posts are simulated: a test of the method, not a sample of social media." if simulated else
+                     "The posts are those of one file; whether anything here holds for others is not known.",
+        "JudgeShares": judge_shares(run),
         "PolicyName": escape_latex(run.policy["name"]), "PolicyParameters": number(run.policy["n_parameters"], 0),
         "PolicyWeights": escape_latex(policy_weights(run)),
         "NumSeeds": f"{n_seeds} training seed{'' if n_seeds == 1 else 's'}",
         "SeedList": ("seed " if n_seeds == 1 else "seeds ") + ", ".join(map(str, run.seeds)),
         "NumTestPosts": number(test.max(), 0), "SamplesPerPost": number(run.curves["k"].max(), 0),
         "PassThreshold": number(run.pass_rule["tau"]), "JudgeDescription": judged[run.pass_rule["judge"]],
-        **reading_macros(run),
+        **reading_macros(run), **learned_macros(run),
         "SafetySources": escape_latex(named_sources(run.safety_sources)),
         "ToxicSource": escape_latex(run.safety_sources["guard_toxic"]),
         "ValidationPassTen": number(run.pass_rule["validation_pass_at_10"]), "ConfidenceLevel": r"95\%",
         "GitCommit": escape_latex(commit), "GitState": dirty_words(dirty), "TotalTime": minutes(seconds),
-        "TotalCost": number(seconds / 3600 * usd_per_hour, 2), "UsdPerHour": number(usd_per_hour, 2),
+        "TotalCost": f"{number(seconds / 3600 * usd_per_hour, 2)} US dollars" if usd_per_hour else NO_PRICE,
+        "UsdPerHour": f"{number(usd_per_hour, 2)} US dollars" if usd_per_hour else NO_PRICE,
     }  # fmt: skip
     for arm in run.arms:
         time, cost = training_cost(run, arm, usd_per_hour)
-        facts |= {macro_name("TrainTime", arm): minutes(time), macro_name("TrainCost", arm): number(cost, 4)}
+        facts |= {macro_name("TrainTime", arm): minutes(time),
+                  macro_name("TrainCost", arm): number(cost, 4) if usd_per_hour else NO_PRICE}
     return parameter_macros(run) | metric_macros(run) | reward_macros(run) | figure_macros() | facts
 
 
@@ -266,7 +233,7 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
             shutil.rmtree(folder / name, ignore_errors=True)  # another version's may have other names
         for name, (draw, _) in FIGURES.items():
             savefig(draw(run), folder / "figures" / name)
-        tables = {"results": results_table(run, usd_per_hour), "rivals": rivals_table(run),
+        tables = {"arms": arms_table(run), "results": results_table(run, usd_per_hour), "rivals": rivals_table(run),
                   "comparisons": comparisons_table(run),
                   "data": data_table(run), "rewards": rewards_table(run),
                   "provenance": provenance_table(run, given.preset)}  # fmt: skip

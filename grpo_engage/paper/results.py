@@ -97,10 +97,11 @@ def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
 
 # %% ../../nbs/paper/00_results.ipynb #c008
 def pool_seeds(metrics: pd.DataFrame) -> pd.DataFrame:
-    """`metrics` (arm, seed, metric, value, ci_low, ci_high) over seeds: arm, metric, value, ci_low, ci_high, n_seeds.
+    """`metrics` (arm, seed, metric, value, ci_low, ci_high, n) over seeds: the same without seed, and n_seeds.
 
     Half-widths over seeds (Student's t, 95%) and over conversations (their mean, each side) are added in quadrature;
-    with one seed the interval is the one over conversations. NaN where no seed has a value. Order of rows is kept.
+    with one seed the interval is the one over conversations. n: posts behind the value of the seed that has fewest. NaN
+    (n: 0) where no seed has a value. Order of rows is kept.
     """
     rows = []
     for (arm, metric), group in metrics.groupby(["arm", "metric"], sort=False):
@@ -115,7 +116,7 @@ def pool_seeds(metrics: pd.DataFrame) -> pd.DataFrame:
             low = value - math.hypot((known["value"] - known["ci_low"]).mean(), spread)
             high = value + math.hypot((known["ci_high"] - known["value"]).mean(), spread)
         rows.append({"arm": arm, "metric": metric, "value": value, "ci_low": low, "ci_high": high,
-                     "n_seeds": len(known)})
+                     "n": int(known["n"].min()) if len(known) else 0, "n_seeds": len(known)})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/paper/00_results.ipynb #c012
@@ -160,7 +161,8 @@ def hardware(run: Run) -> str:
 
 
 def training_cost(run: Run, arm: str, usd_per_hour: float) -> tuple[float, float]:
-    """Mean wall-clock seconds of training one seed of `arm`, and US dollars for it; NaN for an arm without training."""
+    """Mean wall-clock seconds of training one seed of `arm`, and US dollars for it; NaN for an arm without training,
+    and for the dollars where no price of an hour is given (0)."""
     seconds = [run.manifests[f"train/{arm}/seed{seed}"]["wall_seconds"] for seed in run.seeds if arm in run.arms]
     mean = float(np.mean(seconds)) if seconds else math.nan
-    return mean, mean / 3600 * usd_per_hour
+    return mean, mean / 3600 * usd_per_hour if usd_per_hour else math.nan

@@ -24,5 +24,5 @@ class PaperSettings(Settings):
     title: str = setting("Teaching a small language model to write replies that people engage with",
                          "title of the paper")
     engine: str = setting("auto", "who sets the PDF; auto takes latexmk where TeX is installed", choices=ENGINES)
-    usd_per_hour: float = setting(0.0, "price of the machine, for the cost of training and of the run", low=0,
-                                  high=1000)
+    usd_per_hour: float = setting(0.0, "price of the machine, for the cost of training and of the run; 0: none "
+                                       "is given", low=0, high=1000)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['UNSPACED', 'BLEU_ORDER', 'BLEU_EPSILON', 'words', 'cut_words', 'pass_at_k', 'ngrams', 'self_bleu', 'distinct_n',
-           'rouge_l']
+           'rouge_words', 'script_words', 'rouge_l']
 
 # %% ../../nbs/text/01_metrics.ipynb #c002
 import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -137,7 +137,8 @@ def self_bleu(texts: Sequence[str]) -> float:
 
     Smoothing: method 1 of Chen & Cherry (2014) with epsilon 0.1; texts under 4 words use the orders that they have.
     Texts without a word are left out (the guard "empty" counts them); with fewer than two texts left there is nothing
-    to compare and the answer is NaN. Metric: Zhu et al. 2018 (arXiv 1802.01886); BLEU: Papineni et al. 2002.
+    to compare and the answer is NaN. Metric: Zhu et al. 2018 (arXiv 1802.01886); BLEU: Papineni et al. 2002. Equal to
+    sacrebleu's and nltk's BLEU of the words that `words` gives; with other tokens it is another number.
     """
     # Own code, not nltk's sentence_bleu: that is quadratic in the number of texts (1,000 samples take minutes).
     tokens = [cut for cut in map(words, texts) if cut]
@@ -156,7 +157,9 @@ def self_bleu(texts: Sequence[str]) -> float:
 
 # %% ../../nbs/text/01_metrics.ipynb #c030
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
-    """Different n-grams divided by all n-grams of `texts` together, in (0, 1]; 1 when none repeats (Li et al. 2016).
+    """Different n-grams divided by all n-grams of `texts` together, in (0, 1]; 1 when none repeats.
+
+    After Li et al. 2016 (arXiv 1510.03055), who divide by the number of words.
 
     NaN when no text is n words long; ValueError for n < 1. n-grams do not cross from one text into the next.
     """
@@ -168,6 +171,23 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     return len(pooled) / pooled.total() if pooled else math.nan
 
 # %% ../../nbs/text/01_metrics.ipynb #c033
+_NO_ROUGE_WORD = re.compile("[^a-z0-9]+")
+_SCRIPT_WORD = regex.compile(rf"{UNSPACED}\p{{M}}*|(?:(?!{UNSPACED})\p{{L}}[\p{{Mn}}\p{{Mc}}\u200c\u200d]*|\p{{N}})+")
+
+
+@lru_cache(maxsize=16_384)
+def rouge_words(text: str) -> tuple[str, ...]:
+    """The tokens of `text` by rouge-score 0.1.2, no stemming: runs of a-z and 0-9 in lower case, no other letter."""
+    return tuple(_NO_ROUGE_WORD.sub(" ", text.lower()).split())
+
+
+@lru_cache(maxsize=16_384)
+def script_words(text: str) -> tuple[str, ...]:
+    """Runs of letters and digits of every script, in lower case; single characters of unspaced scripts. On ASCII the
+    same as `rouge_words`."""
+    return tuple(_SCRIPT_WORD.findall(unicodedata.normalize("NFC", text.lower())))
+
+# %% ../../nbs/text/01_metrics.ipynb #34af6692
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
     """Length of the longest common subsequence, bit-parallel (Hyyrö 2004, Bit-parallel LCS-length computation)."""
     positions: dict = {}
@@ -180,16 +200,21 @@ def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
         row = (row + here | row - here) & full
     return len(first) - row.bit_count()
 
+# %% ../../nbs/text/01_metrics.ipynb #2e366f9a
+def rouge_l(text: str, references: Sequence[str], cut: Callable[[str], Sequence[str]] = rouge_words) -> float:
+    """ROUGE-L F1 of `text` against its best-matching reference, in [0, 1] (Lin 2004), as rouge-score 0.1.2 has it.
 
-def rouge_l(text: str, references: Sequence[str]) -> float:
-    """ROUGE-L F1 of `text` against its best-matching reference, in [0, 1] (Lin 2004; no stemming; words by `words`).
-
-    References without a word are left out; NaN when none is left. A text without a word overlaps with nothing: 0.
+    cut: text -> words; `rouge_words`, or `script_words` for other scripts. References without a word are left out; NaN
+    when none is left (rouge-score says 0). A text without a word overlaps with nothing: 0. TypeError for anything but
+    texts.
     """
     if isinstance(references, str):
         raise TypeError("rouge_l: references must be a list of strings, got one string")
-    cut, usable = words(text), [reference for reference in map(words, references) if reference]
+    for given in (text, *references):
+        if not isinstance(given, str):
+            raise TypeError(f"rouge_l: texts must be strings, got {type(given).__name__}")
+    own, usable = cut(text), [reference for reference in map(cut, references) if reference]
     if not usable:
         return math.nan
-    # F1 of matches/len(cut) and matches/len(reference)
-    return max(2 * _common_subsequence(cut, reference) / (len(cut) + len(reference)) for reference in usable)
+    # F1 of matches/len(own) and matches/len(reference)
+    return max(2 * _common_subsequence(own, reference) / (len(own) + len(reference)) for reference in usable)

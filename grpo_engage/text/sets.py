@@ -57,18 +57,23 @@ def vendi(vectors: np.ndarray | sp.spmatrix) -> float:
     kernel = (kernel.toarray() if sp.issparse(kernel) else kernel) / np.outer(length, length)
     return vendi_score(kernel)
 
-
+# %% ../../nbs/text/04_sets.ipynb #2c3caf60
 def ngram_vectors(texts: Sequence[str], orders: Sequence[int] = (1, 2)) -> sp.csr_matrix:
-    """Counts of the n-grams of `orders` in each text, (texts, different n-grams), for `vendi` without an embedder."""
+    """n-grams of `orders` in each text, each order's counts scaled to length 1: (texts, different n-grams).
+
+    For `vendi` without an embedder: their cosine is the mean over orders of the cosines, as in vendi-score 0.0.3.
+    """
     columns: dict = {}
     rows, where, counts = [], [], []
     for row, text in enumerate(texts):
         cut = words(text)
         for order in orders:
-            for gram, count in ngrams(cut, order).items():
+            found = ngrams(cut, order)
+            length = math.sqrt(sum(count * count for count in found.values()))
+            for gram, count in found.items():
                 rows.append(row)
                 where.append(columns.setdefault(gram, len(columns)))
-                counts.append(float(count))
+                counts.append(count / length)
     return sp.csr_matrix((counts, (rows, where)), shape=(len(texts), max(len(columns), 1)))
 
 # %% ../../nbs/text/04_sets.ipynb #c013
