@@ -15,6 +15,7 @@ from grpo_engage.run.settings import load_preset, resolve_config, user_parameter
 from grpo_engage.train import hybrid
 from grpo_engage.train.loop import tidy_log
 from grpo_engage.train.objective import ARMS, Objective
+from grpo_engage.train.trainer import ReplyTrainer
 from grpo_engage.train.watching import training_judge, watched_posts
 
 
@@ -156,6 +157,26 @@ def test_policy_every_keeps_its_phase_after_a_kill(base, pairs, tmp_path):
     log = train_arm(base, pairs, tmp_path / "cut", **options)
     assert log["reward"].notna().tolist() == whole["reward"].notna().tolist() == [True, False, False, True, False]
     assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")
+
+
+def test_k_goes_down_by_the_step_and_keeps_its_place_after_a_kill(base, pairs, tmp_path, monkeypatch):
+    """Killed between two values of k: the resumed run takes up the one that it would have had, and ends alike."""
+    seen, plain = [], ReplyTrainer._max_k
+    monkeypatch.setattr(ReplyTrainer, "_max_k", lambda self: seen.append(plain(self)) or seen[-1])
+    options = dict(objective=Objective(0.0, 1.0, 0.0), reward=brevity, reward_id="brevity", max_steps=4, save_steps=1,
+                   learning_rate=1e-3, posts_per_step=2, num_generations=4, max_new_tokens=8, advantage="max_at_k",
+                   max_k_end=1, max_k_steps=3, cut_replies="keep")
+    train_arm(base, pairs, tmp_path / "whole", **options)
+    assert seen == [4, 3, 2, 1]
+    with pytest.raises(Killed):
+        train_arm(base, pairs, tmp_path / "cut", **options, callbacks=[KillAfter(3)])
+    seen.clear()
+    train_arm(base, pairs, tmp_path / "cut", **options)
+    assert seen == [2, 1]
+    assert file_sha256(tmp_path / "cut" / "adapter") == file_sha256(tmp_path / "whole" / "adapter")
+    options["max_k_end"] = 4  # k stays: another run
+    train_arm(base, pairs, tmp_path / "other", **options)
+    assert file_sha256(tmp_path / "other" / "adapter") != file_sha256(tmp_path / "whole" / "adapter")
 
 
 # the strategy's hyperparameters: our name, and its value where it names one that is not a matter of model or machine

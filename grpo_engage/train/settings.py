@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..base.settings import Settings, group, setting
 from ..rewards.settings import RewardChoice
 from ..text.diversity import DIVERSITY_METRICS
-from .advantages import CUT_REPLIES
+from .advantages import CUT_REPLIES, DIVERSITY_FORMS, check_form, scheduled_k
 from .objective import KNOWN_ARMS, Arm, arm_objective, process_share
 
 # %% ../../nbs/train/08_settings.ipynb #c005
@@ -56,9 +56,13 @@ class Credit(Settings):
 
     advantage: str = setting("group", "what the reward's advantage follows", choices=ADVANTAGES)
     max_k: int = setting(0, "k of max_at_k; 0: num_generations", low=0, high=256)
+    max_k_end: int = setting(0, "k of max_at_k goes down to this; 0: it stays", low=0, high=256)
+    max_k_steps: int = setting(0, "in so many steps", low=0, high=1000000)
     reward_pass_threshold: float = setting(0.0, "above 0: the reward is 1 where it reaches this, else 0; 0: the score",
                                            low=0, high=1)
     diversity_metric: str = setting("self_bleu", "D of a group", choices=DIVERSITY_METRICS)
+    diversity_form: str = setting("sum", "product: the reward times a reply's own diversity, with lam = 0",
+                                  choices=DIVERSITY_FORMS)
     cut_replies: str = setting("mask", "replies cut at max_new_tokens; penalise: lowest reward", choices=CUT_REPLIES)
     advantage_clip: float = setting(10.0, "bound of the combined advantage; 0: none", low=0, high=1000000)
     policy_every: int = setting(1, "group terms on every n-th step, not rescaled; needs alpha > 0", low=1, high=1000000)
@@ -173,6 +177,10 @@ def check_training(settings: TrainSettings, objective: Arm, n_processes: int = 0
     credit, k = settings.credit, settings.sampling.num_generations
     if credit.max_k > k:
         raise ValueError(f"max_k={credit.max_k} is more than num_generations={k}")
+    check_form(credit.diversity_form, credit.advantage, objective.beta, objective.lam)
+    if credit.max_k_end and credit.advantage != "max_at_k":
+        raise ValueError(f"max_k_end={credit.max_k_end} needs advantage=max_at_k, got {credit.advantage}")
+    scheduled_k(0, credit.max_k or k, credit.max_k_end, credit.max_k_steps)
     if credit.policy_every > 1 and not objective.alpha:
         raise ValueError(f"policy_every={credit.policy_every} needs alpha > 0, or steps between would train nothing")
     if objective.alpha and credit.num_iterations > 1:
