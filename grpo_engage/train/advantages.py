@@ -227,15 +227,15 @@ def product_advantages(rewards: np.ndarray, distances: np.ndarray, advantage: st
 
 # %% ../../nbs/train/01_advantages.ipynb #af19ae85
 def check_form(diversity_form: str, advantage: str, beta: float, lam: float) -> None:
-    """Raises: ValueError for a form that there is not, and for a product without reward, with a sum or with max_at_k."""
+    """Raises: ValueError for a form that there is not, and for a product without reward, or with a sum or max_at_k."""
     if diversity_form not in DIVERSITY_FORMS:
         raise ValueError(f"diversity_form must be one of {', '.join(DIVERSITY_FORMS)}, got {diversity_form!r}")
     if diversity_form == "product" and (not beta or lam):
         raise ValueError(f"diversity_form='product' multiplies the reward: it needs beta > 0 and lam = 0, got {beta:g} "
                          f"and {lam:g}")
     if diversity_form == "product" and advantage == "max_at_k":
-        raise ValueError("diversity_form='product' needs advantage='group' or 'leave_one_out': a product depends on its "
-                         "group, so the best of k of them is not the best of k replies")
+        raise ValueError("diversity_form='product' needs advantage='group' or 'leave_one_out': a product depends on "
+                         "its group, so the best of k of them is not the best of k replies")
 
 # %% ../../nbs/train/01_advantages.ipynb #35e4cf40
 def scheduled_k(step: int, start: int, end: int = 0, steps: int = 0) -> int:

@@ -47,8 +47,10 @@ ARMS = {
     "hybrid": Arm(0.3, 0.5, 0.2, "baseline"),
 }
 
-# No paradigms: what the additional steps of the policy-gradient arms buy without their terms; grpo trained too hard.
-RIVAL_ARMS = {"baseline_long": Arm(1.0, 0.0, 0.0, "baseline"), "grpo_over": Arm(0.0, 1.0, 0.0, "baseline")}
+# No paradigms: what the additional steps of the policy-gradient arms buy without their terms; grpo trained too hard;
+# grpo by the simulator's truth, a ceiling.
+RIVAL_ARMS = {"baseline_long": Arm(1.0, 0.0, 0.0, "baseline"), "grpo_over": Arm(0.0, 1.0, 0.0, "baseline"),
+              "oracle": Arm(0.0, 1.0, 0.0, "baseline")}
 
 # %% ../../nbs/train/00_objective.ipynb #c007b
 KNOWN_ARMS = ARMS | RIVAL_ARMS
