@@ -76,8 +76,8 @@ class Credit(Settings):
 class OwnReferences(Settings):
     """References that the warm start writes itself, chosen by the training reward."""
 
-    own_samples: int = setting(0, "replies that the warm start draws a post to choose references from; 0: the data's", low=0,
-                               high=1024)
+    own_samples: int = setting(0, "replies the warm start draws a post to choose references from; 0: the data's",
+                               low=0, high=1024)
     own_kept: int = setting(1, "how many of them, by the training reward, are references", low=1, high=1024)
 
     def check_with(self, objective: Arm) -> None:
