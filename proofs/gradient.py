@@ -54,6 +54,8 @@ def terms(k: int):
         yield f"max_at_{max_k}", dict(objective=REWARD, advantage="max_at_k", max_k=max_k)
     for metric in METRICS:
         yield f"diversity {metric}", dict(objective=DIVERSITY, metric=metric)
+    for metric in METRICS:
+        yield f"reward x {metric}", dict(objective=REWARD, metric=metric, diversity_form="product")
     yield "supervised", dict(objective=SUPERVISED)
     yield "all three", dict(objective=ALL, metric="arbitrary")
     yield "all three, max_at_k", dict(objective=ALL, advantage="max_at_k", max_k=k, metric="self_bleu")

@@ -10,11 +10,13 @@ from training import make_trainer, train_arm
 
 from grpo_engage.base.core import file_sha256, write_json, write_parquet
 from grpo_engage.base.settings import default_of, described
+from grpo_engage.data.gold import gold_appeal
 from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.run.settings import load_preset, resolve_config, user_parameters
 from grpo_engage.train import hybrid
 from grpo_engage.train.loop import tidy_log
 from grpo_engage.train.objective import ARMS, Objective
+from grpo_engage.train.trainer import ReplyTrainer
 from grpo_engage.train.watching import training_judge, watched_posts
 
 
@@ -91,6 +93,51 @@ def test_an_arm_of_ones_own_name_has_a_folder_and_a_seed_of_its_own(stage, run_d
     assert other["seed"] != plain["seed"] and other["label"] == "grpo_2"  # two draws of one arm: an A/A comparison
 
 
+def test_rejection_sampling_trains_on_the_best_of_its_own_replies(stage, run_dir, monkeypatch):
+    """Each reference is the reply with the highest training reward among those that were drawn for its post."""
+    drawn = []
+
+    def generate(model, tokenizer, posts, n, temperature, **options):
+        rows = pd.DataFrame([(post, sample, f"reply {(7 * post + 5 * sample) % 11} of {sample}")
+                             for post in range(len(posts)) for sample in range(n)], columns=["post", "sample", "text"])
+        drawn.append((posts, rows, options["seed"]))
+        return rows.assign(finish_reason="stop")
+
+    monkeypatch.setattr(hybrid, "load_adapted", lambda base, adapter, **_: drawn.append(adapter) or (None, None))
+    monkeypatch.setattr(hybrid, "generate_replies", generate)
+    monkeypatch.setattr(hybrid, "training_reward", lambda *_: (
+        lambda posts, replies: np.array([float(reply.split()[1]) for reply in replies]), "by number", None))
+    settings = dict(arm="rejection", like="baseline", warm_start="baseline", own_samples=4, batch_size=8, max_steps=2)
+    taken = stage(**settings)["examples"]
+    adapter, (posts, rows, seed) = drawn
+    assert adapter == run_dir / "train" / "baseline" / "seed0" / "adapter"  # of the same seed
+    best = {posts[post]: max(group["text"], key=lambda text: int(text.split()[1]))
+            for post, group in rows.groupby("post")}
+    assert dict(zip(taken["tweet"], taken["reply"], strict=True)) == best and len(best) > 3
+    assert set(posts) <= set(stage(arm="grpo")["examples"]["tweet"])  # posts of the policy's split alone
+    two = stage(**settings, own_kept=2)["examples"]
+    assert (two.groupby("tweet").size() == 2).all()
+    assert [found[2] for found in drawn[1::2]] == [seed, seed]  # again the same draw: a run that goes on is the same
+
+
+def test_the_simulators_truth_trains_an_oracle_and_nothing_else(run_dir, monkeypatch):
+    def catch(*_, reward, reward_id, **__):
+        raise Caught(reward, reward_id)
+
+    monkeypatch.setattr(hybrid, "train_arm", catch)
+    monkeypatch.setattr(hybrid, "heldout_nll", lambda *_: 1.0)
+    pairs = pd.read_parquet(run_dir / "data" / "pairs.parquet").head(20)
+    texts = pairs["tweet"].tolist(), pairs["reply"].tolist()
+    with pytest.raises(Caught) as caught:
+        hybrid.train_stage(run_dir, arm="oracle", reward="oracle", watch_every=0)
+    assert (caught.value.args[0](*texts) == gold_appeal(*texts)).all() and caught.value.args[1] == "oracle"
+    for arm in ("grpo", "hybrid", "baseline", "polychromic"):
+        with pytest.raises(ValueError, match="a ceiling and no method"):
+            hybrid.train_stage(run_dir, arm=arm, reward="oracle")
+    with pytest.raises(ValueError, match="there is none for data of source 'file'"):
+        resolve_config(load_preset("smoke"), ["arms=[baseline, oracle]", "source=file", "data_path=x.csv"])
+
+
 def test_a_missing_warm_start_of_this_seed_is_not_replaced_by_another_seeds(run_dir):
     with pytest.raises(FileNotFoundError, match="train/baseline/seed2/adapter"):
         hybrid.train_stage(run_dir, arm="grpo", seed=2)
@@ -158,6 +205,26 @@ def test_policy_every_keeps_its_phase_after_a_kill(base, pairs, tmp_path):
     assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")
 
 
+def test_k_goes_down_by_the_step_and_keeps_its_place_after_a_kill(base, pairs, tmp_path, monkeypatch):
+    """Killed between two values of k: the resumed run takes up the one that it would have had, and ends alike."""
+    seen, plain = [], ReplyTrainer._max_k
+    monkeypatch.setattr(ReplyTrainer, "_max_k", lambda self: seen.append(plain(self)) or seen[-1])
+    options = dict(objective=Objective(0.0, 1.0, 0.0), reward=brevity, reward_id="brevity", max_steps=4, save_steps=1,
+                   learning_rate=1e-3, posts_per_step=2, num_generations=4, max_new_tokens=8, advantage="max_at_k",
+                   max_k_end=1, max_k_steps=3, cut_replies="keep")
+    train_arm(base, pairs, tmp_path / "whole", **options)
+    assert seen == [4, 3, 2, 1]
+    with pytest.raises(Killed):
+        train_arm(base, pairs, tmp_path / "cut", **options, callbacks=[KillAfter(3)])
+    seen.clear()
+    train_arm(base, pairs, tmp_path / "cut", **options)
+    assert seen == [2, 1]
+    assert file_sha256(tmp_path / "cut" / "adapter") == file_sha256(tmp_path / "whole" / "adapter")
+    options["max_k_end"] = 4  # k stays: another run
+    train_arm(base, pairs, tmp_path / "other", **options)
+    assert file_sha256(tmp_path / "other" / "adapter") != file_sha256(tmp_path / "whole" / "adapter")
+
+
 # the strategy's hyperparameters: our name, and its value where it names one that is not a matter of model or machine
 STRATEGY = {
     "num_generations": 4, "learning_rate_policy": None, "learning_rate_supervised": None, "advantage_clip": 10.0,
@@ -171,7 +238,7 @@ def test_every_hyperparameter_of_the_strategy_is_documented_with_its_range():
     for name, default in (STRATEGY | {"attention": "auto", "quantization": "none"}).items():
         parameter = known[name]
         facts = parameter.metadata
-        assert facts["choices"] or parameter.type is bool or facts["high"] < np.inf, name
+        assert facts["choices"] or parameter.type in (bool, str) or facts["high"] < np.inf, name
         assert len(described(parameter).split()) > 3, name
         assert default is None or default_of(parameter) == default, name
 

@@ -99,7 +99,8 @@ def second_value(entry):
 WHOLE = {"Adapter", "Loading", "EvaluationSampling", "HeuristicSettings"}
 # Fields that a run of the simulator in one process on a CPU has no use for (micro_batch_size: by value, below).
 ELSEWHERE = {"data_path", "accelerate_config", "vllm_memory", "micro_batch_size",
-             "safety_labels"}  # wants a classifier: tests/test_safety_model.py
+             "safety_labels",  # wants a classifier: tests/test_safety_model.py
+             "own_kept"}  # wants own_samples: tests/test_arms.py
 CHECKS = {"check", "check_training", "check_participants", "check_rivals", "__post_init__", "__repr__", "__eq__"}
 
 
@@ -146,6 +147,8 @@ TRAINED = {  # parameter -> what the trainer has of it, given the second value
     "gradient_checkpointing": lambda t: t.args.gradient_checkpointing,
     "max_new_tokens": lambda t: t.max_completion_length, "temperature": lambda t: t.temperature,
     "num_generations": lambda t: t.num_generations, "advantage": lambda t: t.advantage, "max_k": lambda t: t.max_k,
+    "max_k_end": lambda t: t.k_schedule[0], "max_k_steps": lambda t: t.k_schedule[1],
+    "diversity_form": lambda t: t.diversity_form,
     "diversity_metric": lambda t: t.diversity_metric, "advantage_clip": lambda t: t.advantage_clip,
     "loss_type": lambda t: t.args.loss_type, "num_iterations": lambda t: t.num_iterations,
     "max_length": lambda t: t.max_length, "learning_rate_policy": lambda t: t.args.learning_rate,
@@ -166,7 +169,9 @@ def trainer_with(base, pairs, folder, arm="grpo", **changes):
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_receives_the_second_value_of_a_field(name, base, pairs, tmp_path):
     value = second_value(TrainSettings.leaves()[name])
-    others = {"max_k": {"advantage": "max_at_k"}, "num_iterations": {"micro_batch_size": 4}}.get(name, {})
+    others = {"max_k": {"advantage": "max_at_k"}, "max_k_end": {"advantage": "max_at_k", "max_k_steps": 5},
+              "max_k_steps": {"advantage": "max_at_k", "max_k_end": 2},
+              "num_iterations": {"micro_batch_size": 4}}.get(name, {})
     # posts and groups have to divide, and nano reads 256 tokens
     value = {"num_generations": 2, "max_k": 3, "max_length": 200}.get(name, value)
     assert value != default_of(TrainSettings.leaves()[name])

@@ -16,7 +16,7 @@ _ARM_LOOKS = {
     "real": ("#000000", ":", "*"), "base": ("#999999", "--", "s"), "baseline": ("#0072B2", "-", "o"),
     "polychromic": ("#009E73", "-.", "^"), "grpo": ("#D55E00", "-", "D"), "hybrid": ("#CC79A7", "--", "v"),
     "prompted": ("#E69F00", ":", "P"), "best_of_n": ("#56B4E9", "-.", "X"), "baseline_long": ("#332288", "--", "<"),
-    "grpo_over": ("#AA4400", ":", "d"),
+    "grpo_over": ("#AA4400", ":", "d"), "oracle": ("#117733", ":", "h"),
 }  # fmt: skip
 _OTHER_COLOURS = ("#882255", "#999933", "#44AA99", "#AA4499", "#CC6677", "#DDCC77")
 _OTHER_LINES, _OTHER_MARKERS = ("-", "--", "-.", ":"), (">", "p", "d", "h", "8", "x", "+")

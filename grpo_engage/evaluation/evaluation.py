@@ -168,6 +168,8 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     tweet_of = posts_with_replies(pairs, "test").set_index("post")["tweet"]
     counts = count_pairs(test["post"].map(tweet_of).tolist(), test["text"].tolist())
     notes += language_notes(int((counts["english"] == 0).sum()), len(counts))
+    notes += [f"{arm}: trained by the simulator's truth: a ceiling, not a method" for arm in yardsticks
+              if arm.startswith("oracle")]
     notes += [f"safety figures are counted: {named_sources(safety['sources'])}"]
     write_csv(folder / "metrics.csv", table)
     write_csv(folder / "comparisons.csv", compare_with_baseline(by_post, n_boot, seed, rivals))

@@ -125,7 +125,7 @@ class BestOfNSettings(Settings):
     seed: int = setting(0, "root of this stage's randomness", low=0, high=2147483648)
 
 # %% ../../nbs/rewards/10_settings.ipynb #c014
-REWARDS = ("combined", "heuristic", "learned")
+REWARDS = ("combined", "heuristic", "learned", "oracle")  # oracle: the simulator's truth, a ceiling
 
 
 @dataclass(frozen=True)

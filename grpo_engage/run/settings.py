@@ -279,6 +279,10 @@ def check_config(config: Mapping) -> None:
         except ValueError as error:
             raise ValueError(f"arm {arm!r}: {error}") from error
     check_starts(starts)
+    oracles = [arm for arm, given in config["stages"]["train"].items() if given["reward"] == "oracle"]
+    if oracles and config["stages"]["data"]["source"] != "simulator":
+        raise ValueError(f"arm {oracles[0]!r} is trained by the simulator's truth, and there is none for data of "
+                         f"source {config['stages']['data']['source']!r}: leave it out of arms")
     for stage in STAGES.keys() - {"train"}:
         STAGES[stage].settings.make(**config["stages"][stage])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['END', 'WORDS', 'TINY_POSTS', 'tiny_tokenizer', 'tiny_policy', 'all_replies', 'log_probabilities', 'groups_of',
            'tiny_metric', 'EnumeratedTrainer', 'reward_tables', 'tiny_trainer', 'all_choices', 'expected_gradient',
-           'expectation', 'exact_gradient', 'relative_error']
+           'expectation', 'product_expectation', 'exact_gradient', 'relative_error']
 
 # %% ../../nbs/studies/00_enumeration.ipynb #c002
 import shutil
@@ -257,11 +257,20 @@ def expectation(logp: torch.Tensor, k: int, value: Callable[[np.ndarray], float]
     return (values * logp[torch.from_numpy(places)].sum(1).exp()).sum()
 
 # %% ../../nbs/studies/00_enumeration.ipynb #c020
+def product_expectation(logp: torch.Tensor, rewards: np.ndarray, texts: Sequence[str],
+                        metric: str | SetFunction) -> torch.Tensor:
+    """E[r(y) D({y, y'})] of two replies, 0-d, with gradient through y alone: where the partner comes from is fixed."""
+    apart = np.array([[set_diversity([one, other], metric) for other in texts] for one in texts])
+    partner = torch.from_numpy(apart) @ logp.detach().exp()
+    return (logp.exp() * torch.from_numpy(rewards) * partner).sum()
+
+
 def exact_gradient(trainer: EnumeratedTrainer, *, max_k: int | None = None,
                    metric: str | SetFunction = "self_bleu") -> torch.Tensor:
     """Gradient of alpha * NLL per token - beta * E[best of max_k rewards] - lam * E[D], posts averaged; flat, float64.
 
-    max_k: None or 1 for the mean reward. metric: as for `set_diversity`; evaluated on every group of K replies.
+    max_k: None or 1 for the mean reward. A trainer with diversity_form "product": `product_expectation` in its place.
+    metric: as for `set_diversity`; evaluated on every group of K replies.
     """
     objective, count = trainer.objective, len(trainer.posts)
     texts = trainer._tokenizer.batch_decode([list(reply) for reply in trainer.replies], skip_special_tokens=True)
@@ -272,8 +281,9 @@ def exact_gradient(trainer: EnumeratedTrainer, *, max_k: int | None = None,
         reference = (*trainer._tokenizer(row["reference"])["input_ids"], END)
         tokens, nll = tokens + len(reference), nll - log_probabilities(trainer.model, [reference], prompt)[0]
         rewards = np.array([table[reply] for reply in trainer.replies])
-        value = value - objective.beta / count * expectation(
-            logp, max_k or 1, lambda group, rewards=rewards: rewards[group].max())
+        value = value - objective.beta / count * (
+            product_expectation(logp, rewards, texts, metric) if trainer.diversity_form == "product" else expectation(
+                logp, max_k or 1, lambda group, rewards=rewards: rewards[group].max()))
         if objective.lam:
             value = value - objective.lam / count * expectation(
                 logp, trainer.num_generations, lambda group: set_diversity([texts[i] for i in group], metric))

@@ -148,7 +148,8 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
         model, scored, arguments, rows, objective=objective,
         kl_weight=credit.kl_weight if objective.beta else 0.0, advantage=credit.advantage, max_k=credit.max_k or None,
         diversity_metric=set_function or credit.diversity_metric, advantage_clip=credit.advantage_clip or None,
-        cut_replies=credit.cut_replies,
+        cut_replies=credit.cut_replies, diversity_form=credit.diversity_form,
+        k_schedule=(credit.max_k_end, credit.max_k_steps),
         policy_every=credit.policy_every, max_length=settings.optimiser.max_length, processing_class=tokenizer,
         callbacks=[*reporting(settings.watching.report_to, folder)[1], ProgressLines(label), WarnOfTrouble(label),
                    *callbacks], **adapter)

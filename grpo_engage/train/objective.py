@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'RIVAL_ARMS', 'KNOWN_ARMS', 'Objective', 'Arm', 'check_arm_name', 'trainable_arm', 'arm_objective',
-           'process_share', 'check_starts']
+           'process_share', 'check_starts', 'training_name']
 
 # %% ../../nbs/train/00_objective.ipynb #c002
 import math
@@ -47,8 +47,10 @@ ARMS = {
     "hybrid": Arm(0.3, 0.5, 0.2, "baseline"),
 }
 
-# No paradigms: what the additional steps of the policy-gradient arms buy without their terms; grpo trained too hard.
-RIVAL_ARMS = {"baseline_long": Arm(1.0, 0.0, 0.0, "baseline"), "grpo_over": Arm(0.0, 1.0, 0.0, "baseline")}
+# No paradigms: what the additional steps of the policy-gradient arms buy without their terms; grpo trained too hard;
+# grpo by the simulator's truth, a ceiling.
+RIVAL_ARMS = {"baseline_long": Arm(1.0, 0.0, 0.0, "baseline"), "grpo_over": Arm(0.0, 1.0, 0.0, "baseline"),
+              "oracle": Arm(0.0, 1.0, 0.0, "baseline")}
 
 # %% ../../nbs/train/00_objective.ipynb #c007b
 KNOWN_ARMS = ARMS | RIVAL_ARMS
@@ -120,3 +122,12 @@ def check_starts(starts: Mapping[str, str]) -> None:
     except CycleError as error:
         raise ValueError(f"arms start from each other and none from the base: {' <- '.join(error.args[1])}; change a "
                          "warm_start") from None
+
+# %% ../../nbs/train/00_objective.ipynb #c071
+def training_name(objective: Objective, advantage: str = "group", diversity_form: str = "sum") -> str:
+    """What a model card calls training by `objective`: "SFT", "GRPO", or the terms with their weights."""
+    grpo = "GRPO" if advantage == "group" else f"GRPO with {advantage} advantages"
+    grpo += " on reward x diversity" if diversity_form == "product" else ""
+    terms = {"SFT": objective.alpha, grpo: objective.beta, "diversity of generations": objective.lam}
+    used = {name: weight for name, weight in terms.items() if weight}
+    return next(iter(used)) if len(used) == 1 else " + ".join(f"{weight:g} x {name}" for name, weight in used.items())
