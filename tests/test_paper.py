@@ -14,6 +14,7 @@ import typst
 from grpo_engage.base.core import read_json, write_csv, write_json, write_parquet
 from grpo_engage.paper import arms as arms_of
 from grpo_engage.paper import exhibits, paper, results
+from grpo_engage.paper.endpoint_exhibits import primary_table
 from grpo_engage.paper.exhibits import number, with_interval
 from grpo_engage.paper.pdf import HOW_TO_GET_LATEX, build_pdf, escape_latex, latex_obstacle, undefined_macros
 from grpo_engage.text.safety import SAFETY_SOURCES
@@ -260,10 +261,19 @@ def test_strangers_text_stays_text(tmp_path):
     assert r"\\input{x}" in typ and "U+1F600" in typ
 
 
+def test_the_primary_table_shows_the_corrected_p_value_and_what_it_rests_on(tmp_path):
+    table = primary_table(results.load_run(make_run(tmp_path), ["baseline", "grpo"], [0]))
+    row = next(line for line in table.splitlines() if line.startswith("grpo"))
+    cells = [cell.strip().replace("{}", "") for cell in row.rstrip("\\ ").split("&")]
+    assert cells[1:3] == ["0.50", "0.710"] and cells[4:6] == ["0.400", "0.110"]  # p 0.2 before the correction
+    assert cells[-2:] == ["16", "posts, of one trained seed"]
+
+
 def test_comparisons_say_what_they_rest_on_and_what_they_would_have_found(tmp_path):
     table = exhibits.comparisons_table(results.load_run(make_run(tmp_path), ["baseline", "grpo"], [0]))
     row = next(line for line in table.splitlines() if "Pass@10" in line)
-    assert [cell.strip() for cell in row.rstrip("\\ ").split("&")][-3:] == ["0.110", "posts, of one trained seed", "16"]
+    cells = [cell.strip().replace("{}", "") for cell in row.rstrip("\\ ").split("&")]
+    assert cells[-3:] == ["0.110", "posts, of one trained seed", "16"]
 
 
 def test_names_of_arms_stay_text(tmp_path):
