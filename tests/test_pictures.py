@@ -45,6 +45,8 @@ def test_pictures_hold_the_numbers():
                           "low": [0.05, np.nan], "high": [0.2, np.nan]})
     axes = plot_forest(table, ["pass@1"]).axes[0]
     assert "hollow" in axes.get_xlabel() and "hollow" not in plot_forest(table.head(1), ["pass@1"]).axes[0].get_xlabel()
+    single = plot_forest(table.assign(over="posts, of one trained seed"), ["pass@1"])
+    assert "over posts, of one trained seed" in single.axes[0].get_xlabel()
     lines = axes.lines
     drawn = [tuple(line.get_xdata()) for line in lines]
     assert (0.05, 0.2) in drawn and (0.2,) in [tuple(x) for x in drawn]

@@ -19,6 +19,7 @@ from ..data.truth import gold_of
 from .arm_files import arm_file_name, file_replies
 from .conclusions import beside_projection, compare_arms, decide, mark_judge, recommend
 from .endpoints import at_best, endpoints, sampled_temperatures, write_endpoints
+from .equal_cost import at_equal_cost, costs_of
 from .generation import COLUMNS, Job, generate_part, plan_jobs
 from .ladder import ladder_rungs, rung_scorers, write_ladder
 from .pictures import draw_figures
@@ -114,8 +115,8 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     Also writes into run_dir/evaluation: pass.json (unless it is there), scores.parquet, curves.csv, notes.csv,
     comparisons.csv (over posts), comparisons_by_seed.csv (over posts and seeds), robustness.csv, decision.csv,
     projected.csv, recommendation.txt, systems.csv, ladder.csv, ladder_agreement.csv, training_path.csv, the endpoints
-    (temperatures.csv, primary.csv, frontier.csv, pass_rule.csv, see `evaluation/13_endpoints`), safety.json (what
-    insults are counted by) and figures/. Raises ValueError when something that these need is missing.
+    (temperatures.csv, primary.csv, frontier.csv, pass_rule.csv, see `evaluation/13_endpoints`), equal_cost.csv,
+    safety.json (what insults are counted by) and figures/. Raises ValueError when something that these need is missing.
     """
     given, run_dir = Scoring.given(settings, **changes), Path(run_dir)
     folder, n_boot, seed = run_dir / "evaluation", given.n_boot, given.seed
@@ -207,6 +208,8 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     draw_figures(folder, pairs)
     path = training_path(run_dir, trained, pairs)
     write_csv(folder / "training_path.csv", path)
+    watched = path[["arm", "seed"]].drop_duplicates().itertuples(index=False, name=None)
+    write_csv(folder / "equal_cost.csv", at_equal_cost(path, costs_of(run_dir, list(watched))))
     if len(path):
         savefig(plot_training_path(path), folder / "figures" / "training_path")
     return table

@@ -198,8 +198,8 @@ def plot_tau_sensitivity(curve: pd.DataFrame, tau: float, k: int = 10) -> Figure
 # %% ../../nbs/evaluation/07_pictures.ipynb #p009
 def plot_forest(comparisons: pd.DataFrame, metrics: Sequence[str] = ("pass@1", "pass@10", "self_bleu", "rouge_l",
                                                                    "judge_engagement")) -> Figure:
-    """Differences from the baseline by metric and arm. comparisons: arm, metric, difference, low, high
-    (evaluation/comparisons_by_seed.csv). Raises ValueError when none of `metrics` is in it."""
+    """Differences from the baseline by metric and arm. comparisons: arm, metric, difference, low, high, over (what the
+    intervals are over; evaluation/comparisons_by_seed.csv). Raises ValueError when none of `metrics` is in it."""
     chosen = comparisons[comparisons["metric"].isin(metrics)]
     if chosen.empty:
         raise ValueError(f"plot_forest: none of {list(metrics)} among {sorted(set(comparisons['metric']))}")
@@ -222,8 +222,9 @@ def plot_forest(comparisons: pd.DataFrame, metrics: Sequence[str] = ("pass@1", "
     axes.axvline(0, color="0.5", lw=0.8, zorder=0)
     axes.set_yticks(list(ticks), list(ticks.values()))
     unknown = chosen[["low", "high"]].isna().any(axis=None)
-    axes.set(xlabel="difference from the baseline, 95% interval over posts and seeds"
-             + ("\n(hollow: no interval, which takes two seeds and two conversations)" if unknown else ""))
+    over = [name for name in chosen.get("over", pd.Series("posts and seeds")).unique() if name != "nothing"]
+    axes.set(xlabel=f"difference from the baseline, 95% interval over {' / '.join(over)}"
+             + ("\n(hollow: no interval, which takes two conversations)" if unknown else ""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure

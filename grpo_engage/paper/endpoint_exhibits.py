@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from ..base.plots import style
 from ..evaluation.conclusions import lead_sentence
-from ..evaluation.endpoints import plot_temperatures
+from ..evaluation.pass_curves import plot_temperatures
 from .exhibits import latex_table, number, with_interval
 from .pdf import escape_latex
 from .results import Run

@@ -19,8 +19,8 @@ from ..base.core import SPLITS
 from ..base.plots import style
 from ..data.pairs import draw_margins
 from ..data.truth import gold_of
+from ..evaluation.conclusions import HEADLINE
 from ..evaluation.pass_curves import plot_pass_curves
-from ..evaluation.scoring import HEADLINE
 from .pdf import escape_latex
 from grpo_engage.paper.results import (
     Run,
