@@ -211,7 +211,8 @@ def frozen_mark(path: Path, scored: pd.DataFrame, target: float, judge_name: str
             return {key: found[key] for key in ("judge", "tau", "validation_pass_at_10")}
         write_json(path, calibrate(scored, target, judge_name) | {
             "second_judge": short(second_name, "second_judge"),
-            **({"absolute": short("gold", "gold")} if scored["gold"].notna().all() else {}),
+            **({"absolute": short("gold", "gold")} if "gold" in scored and scored["gold"].notna().all()
+               else {}),
             **({} if temperature is None else {"temperature": temperature}),
             "rungs": {name: short(name, rung_column(name)) for name in rungs}, "inputs": inputs})
     frozen = read_json(path)
