@@ -196,7 +196,8 @@ def test_a_pass_indicator_is_what_training_sees(base, pairs, tmp_path):
 def test_policy_every_keeps_its_phase_after_a_kill(base, pairs, tmp_path):
     """Killed in a step between: the resumed run samples groups in the same steps, and ends with the same bytes."""
     options = dict(objective=Objective(0.5, 0.5, 0.0), reward=brevity, reward_id="brevity", max_steps=5, save_steps=1,
-                   learning_rate=1e-3, posts_per_step=2, num_generations=2, max_new_tokens=8, policy_every=3)
+                   learning_rate=1e-3, posts_per_step=2, num_generations=2, max_new_tokens=8, policy_every=3,
+                   cut_replies="keep")
     whole = train_arm(base, pairs, tmp_path / "whole", **options)
     with pytest.raises(Killed):
         train_arm(base, pairs, tmp_path / "cut", **options, callbacks=[KillAfter(3)])
