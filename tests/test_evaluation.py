@@ -465,7 +465,7 @@ def test_scoring_again_needs_no_policy_and_draws_embedded_fonts(run_dir, monkeyp
     pd.testing.assert_series_equal(score(run_dir), first)
     figures = sorted((run_dir / "evaluation" / "figures").glob("*.pdf"))
     assert {"pass_at_k", "quality_diversity", "tau_sensitivity", "distributions", "safety", "calibration",
-            "forest", "ladder"} == {path.stem for path in figures}
+            "forest", "ladder", "frontier"} == {path.stem for path in figures}
     for path in figures:
         content = path.read_bytes()
         assert b"/CIDFontType2" in content and b"/Type3" not in content, path  # TrueType, embedded
