@@ -70,7 +70,8 @@ READS = {
                    "reward_model/validation.json#verdicts"],
     "paper": [_PAIRS, _POLICY, "data/rejected.csv", "heuristic_reward/validation.json",
               "reward_model/validation.json", "evaluation/pass.json", "evaluation/metrics.csv",
-              "evaluation/comparisons.csv", "evaluation/curves.csv", "evaluation/safety.json?",
+              "evaluation/comparisons_by_seed.csv", "evaluation/primary.csv", "evaluation/frontier.csv",
+              "evaluation/frontier_points.csv", "evaluation/curves.csv", "evaluation/safety.json?",
               *(f"{stage}/manifest.json" for stage in ("data", "heuristic_reward", "reward_model", "policy",
                                                        "evaluation"))],
 }
@@ -85,8 +86,9 @@ WRITES = {
     "best_of_n": ["curves.csv", "peaks.csv", "paired.csv", "replies.csv"],
     "train": ["adapter", "marks?", "train_log.csv", "verdict.json", "samples.parquet?"],
     "evaluation": ["generations.parquet", "scores.parquet", "pass.json", "metrics.csv", "comparisons.csv",
-                   "robustness.csv", "systems.csv", "ladder.csv", "ladder_agreement.csv", "curves.csv", "notes.csv",
-                   "safety.json"],
+                   "comparisons_by_seed.csv", "temperatures.csv", "primary.csv", "frontier.csv",
+                   "frontier_points.csv", "pass_rule.csv", "robustness.csv", "systems.csv", "ladder.csv",
+                   "ladder_agreement.csv", "curves.csv", "notes.csv", "safety.json"],
     "paper": ["macros.tex", "main.pdf"],
 }
 
