@@ -50,7 +50,7 @@ def job_parameters(config: dict, stage: str, arm: str = "", seed: int | None = N
     """What the notebook of a job receives, `run_dir` aside: checked parameters plus what the graph decides."""
     if stage == "train":
         return config["stages"]["train"][arm] | {"arm": arm, "seed": seed, "keep_checkpoints": True}
-    kinds = {arm: given.get("like") or arm for arm, given in config["stages"]["train"].items()}
+    kinds = {arm: given.get("like") or arm for arm, given in config["stages"].get("train", {}).items()}
     extra = {"evaluation": {"arms": config["arms"], "seeds": config["seeds"],
                             "yardsticks": [arm for arm, kind in kinds.items() if kind in RIVAL_ARMS]},
              "paper": {"arms": config["arms"], "seeds": config["seeds"], "preset": config["preset"]}}
