@@ -34,6 +34,7 @@ from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_availa
 
 from ..base.core import child_seed, device_and_dtype, progress, say
 from .base_models import explained_loading, quiet_libraries
+from .decoding import merged_adapters, sample_completions
 from grpo_engage.policy.model_files import (
     end_of_turn,
     load_tokenizer,
@@ -43,6 +44,7 @@ from grpo_engage.policy.model_files import (
     without_own_settings,
 )
 from .settings import INSTRUCTION, Loading
+from .shared_prefix import inner_model, takes_fast_path
 
 # %% ../../nbs/policy/01_sampling.ipynb #c005
 # Shapes of the special tokens of ChatML, Llama 2 and 3, Mistral, Gemma, T5 and BERT families.
@@ -164,11 +166,11 @@ def loading_settings(quantization: str = "none", attention: str = "auto", revisi
     return settings
 
 
-def load_policy(path: str | Path, quantization: str = "none", attention: str = "auto", revision: str = ""
-                ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(path: str | Path, quantization: str = "none", attention: str = "auto", revision: str = "",
+                fast_path: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (in eval mode, on the best device, in the dtype that suits it) and tokenizer (left-padding) of `path`.
 
-    quantization, attention, revision: see `Loading`. Raises: see `loading_settings` and `explained_loading`.
+    quantization, attention, revision, fast_path: see `Loading`. Raises: see `loading_settings` and `explained_loading`.
     """
     quiet_libraries()
     extra = loading_settings(quantization, attention, revision)
@@ -177,17 +179,19 @@ def load_policy(path: str | Path, quantization: str = "none", attention: str = "
         tokenizer = load_tokenizer(path, revision)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra)
     model = without_own_settings(model, tokenizer)
+    model.fast_path = fast_path
     if "device_map" not in extra:
         model = model.to(device)
     return model.eval(), tokenizer
 
 
 def load_adapted(path: str | Path, adapter: Path, *, trainable: bool = False, quantization: str = "none",
-                 attention: str = "auto", revision: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+                 attention: str = "auto", revision: str = "", fast_path: bool = True
+                 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Like `load_policy`, with the LoRA adapter folder `adapter` on top (a PeftModel; its base stays untouched)."""
     from peft import PeftModel
 
-    model, tokenizer = load_policy(path, quantization, attention, revision)
+    model, tokenizer = load_policy(path, quantization, attention, revision, fast_path)
     adapted = PeftModel.from_pretrained(model, adapter, is_trainable=trainable).eval()
     # The saved adapter names its base ("nano"), not where it lies here; peft would look that name up on the Hub at
     # every checkpoint.
@@ -219,6 +223,21 @@ class _SampledLogProbs(LogitsProcessor):
         return scores
 
 
+def _generated(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, settings: GenerationConfig,
+               temperature: float, top_p: float) -> tuple[list[list[int]], torch.Tensor]:
+    """As `sample_completions`, by transformers' own `generate`."""
+    sampler = _SampledLogProbs(temperature, top_p)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[sampler])
+    sampler.drawn(output[:, -1])
+    made, sums = [], []
+    for row, log_probs in zip(output[:, ids.shape[1]:].tolist(), torch.stack(sampler.steps, 1).double(), strict=True):
+        stop = next((place for place, token in enumerate(row) if token in settings.eos_token_id), len(row) - 1)
+        made.append(row[: stop + 1])
+        sums.append(log_probs[: stop + 1].sum())
+    return made, torch.stack(sums)
+
+
+# %% ../../nbs/policy/01_sampling.ipynb #f180000d
 def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, posts: Sequence[str], n: int = 1,
                      temperature: float = 1.0, top_p: float = 1.0, max_new_tokens: int = 28, batch_size: int = 64,
                      seed: int = 0, label: str = "replies, batches", instruction: str = INSTRUCTION) -> pd.DataFrame:
@@ -228,7 +247,8 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     tokens, the end token included), finish_reason ("stop": it ended itself, "length": it was cut), log_prob (nats: sum
     over those tokens, under the distribution sampled from, temperature and top_p included).
     Batch b draws from the stream (seed, b): the same arguments give the same replies, whatever was sampled before.
-    label: of the progress lines; "": none. attrs["posts_cut"]: how many posts were too long, where any was.
+    label: of the progress lines; "": none. attrs["posts_cut"]: how many posts were too long, where any was. Samples by
+    `decoding`, or by transformers' `generate` where the model says or needs so (`takes_fast_path`).
     """
     if n < 1 or max_new_tokens < 1 or batch_size < 1 or temperature <= 0 or not 0 < top_p <= 1:
         raise ValueError(f"need n, max_new_tokens, batch_size >= 1, temperature > 0, 0 < top_p <= 1; got n={n}, "
@@ -241,26 +261,25 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     prompts = [format_prompt(post_text, tokenizer, instruction, max_new_tokens) for post_text in posts]
     jobs = [(post, sample) for post in range(len(prompts)) for sample in range(n)]
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    was_training = model.training
+    was_training, inner = model.training, inner_model(model)
     model.eval()
     rows = []
     for index, batch in enumerate(progress(batches, label) if label else batches):
-        inputs = tokenizer([prompts[post] for post, _ in batch], return_tensors="pt", padding=True,
-                           padding_side="left").to(model.device)
+        prompt_ids = tokenizer([prompts[post] for post, _ in batch])["input_ids"]
+        table = tokenizer.pad({"input_ids": prompt_ids}, padding_side="left", return_tensors="pt").to(model.device)
+        ids, mask = table["input_ids"], table["attention_mask"]
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(child_seed(seed, "generate", index))
-            sampler = _SampledLogProbs(temperature, top_p)
-            output = model.generate(**inputs, generation_config=settings, logits_processor=[sampler])
-            sampler.drawn(output[:, -1])
-        by_step = torch.stack(sampler.steps, dim=1).double()
-        output = output[:, inputs["input_ids"].shape[1]:].tolist()
-        for (post, sample), ids, log_probs in zip(batch, output, by_step, strict=True):
-            stop = next((place for place, token in enumerate(ids) if token in ends), None)
-            kept = ids if stop is None else ids[: stop + 1]
+            if takes_fast_path(inner, ids, mask):
+                with merged_adapters(model):
+                    made, sums = sample_completions(inner, prompt_ids, ends, max_new_tokens, temperature, top_p,
+                                                    tokenizer.pad_token_id)
+            else:
+                made, sums = _generated(model, ids, mask, settings, temperature, top_p)
+        for (post, sample), kept, log_prob in zip(batch, made, sums.tolist(), strict=True):
             text = clean_text(tokenizer.decode(kept, skip_special_tokens=True), tokenizer)
-            rows.append((post, sample, text, len(kept), "length" if stop is None else "stop",
-                         float(log_probs[: len(kept)].sum())))
+            rows.append((post, sample, text, len(kept), "stop" if kept[-1] in ends else "length", log_prob))
     model.train(was_training)
     made = pd.DataFrame(rows, columns=["post", "sample", "text", "n_tokens", "finish_reason", "log_prob"])
     made.attrs |= {"posts_cut": cut} if (cut := posts_cut(posts, prompts, tokenizer)) else {}

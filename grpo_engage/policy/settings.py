@@ -25,6 +25,7 @@ class Loading(Settings):
     quantization: str = setting("none", "4bit needs a CUDA GPU and bitsandbytes (QLoRA)", choices=QUANTIZATION)
     attention: str = setting("auto", "in every stage; auto: transformers' own choice", choices=ATTENTION)
     revision: str = setting("", "of a Hub model: branch, tag or commit; empty: its main branch")
+    fast_path: bool = setting(True, "read a post once for all its replies; false: TRL's and transformers' own passes")
 
 # %% ../../nbs/policy/02_settings.ipynb #c007
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import has_length
 from trl import GRPOConfig
 
 from ..policy.model_files import end_of_turn, reply_ids
+from .fast_path import FastGRPOTrainer
 from .loop import EpochSampler
 from grpo_engage.train.references import (
     REFERENCE_METRICS,
@@ -26,7 +27,6 @@ from grpo_engage.train.references import (
     reference_rows,
     reference_texts,
 )
-from .stopping import SafeGRPOTrainer
 
 # %% ../../nbs/train/10_reference_trainer.ipynb #c004
 def check_references(dataset: Dataset | IterableDataset | Mapping | None, name: str) -> None:
@@ -92,8 +92,8 @@ class ReplyConfig(GRPOConfig):
         self.generation_batch_size = sizes[0] * self.world_size * self.steps_per_generation
 
 # %% ../../nbs/train/10_reference_trainer.ipynb #c012
-class ReferenceTrainer(SafeGRPOTrainer):
-    """`SafeGRPOTrainer` plus alpha * NLL of the references, in nats per reference token of the accumulation window.
+class ReferenceTrainer(FastGRPOTrainer):
+    """`FastGRPOTrainer` plus alpha * NLL of the references, in nats per reference token of the accumulation window.
 
     generates: False for the references alone; nothing is sampled, and a batch is `per_device_train_batch_size` of them.
     With alpha > 0 each row has a `reference` (or `completion`) beside its `prompt`: see `reference_texts`. Several
@@ -212,6 +212,12 @@ class ReferenceTrainer(SafeGRPOTrainer):
     def _supervised_loss(self, model, inputs: dict) -> torch.Tensor:
         """This micro-batch's part of the mean NLL (nats per token) over the reference tokens of the whole window."""
         ids, mask, labels = labelled_rows(inputs)
+        first = slice(0, 1), slice(0, int(mask[0].sum()))
+        if not self.args.label_smoothing_factor and self._is_fast(ids[first], mask[first]):
+            with self.accelerator.autocast():
+                logp, entropy, right = model(input_ids=ids, attention_mask=mask, reply_labels=labels)
+            return self._share_of_window(-logp.sum(), len(logp), torch.stack(
+                [-logp.detach().double().sum(), right.double().sum(), entropy.double().sum()]), inputs)
         balance = {"output_router_logits": True} if self.aux_loss_enabled else {}
         output = model(input_ids=ids, attention_mask=mask, use_cache=False, **balance)
         logits = output.logits[:, -labels.shape[1] :]  # prompt tuning puts tokens of its own before the first
@@ -219,8 +225,13 @@ class ReferenceTrainer(SafeGRPOTrainer):
         tokens = (labels != -100).sum()
         if self.aux_loss_enabled:
             total = total + self.router_aux_loss_coef * output.aux_loss * tokens
+        return self._share_of_window(total, tokens, sums, inputs)
+
+    def _share_of_window(self, total: torch.Tensor, tokens: int | torch.Tensor, sums: torch.Tensor, inputs: dict
+                         ) -> torch.Tensor:
         if self._evaluated is not None:
-            self._evaluated += torch.stack([tokens.double(), total.double(), *sums])
+            self._evaluated += torch.stack([torch.as_tensor(tokens, device=total.device).double(), total.double(),
+                                            *sums])
             return 0.0 * total
         share = inputs["reference_tokens"].clamp(min=1)
         sums = self.accelerator.reduce(sums, reduction="sum").tolist()
