@@ -1,6 +1,7 @@
 """ReplyTrainer: its gradient by enumeration, its parity with TRL's own trainers, and the rules of its settings."""
 
 import importlib.util
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -102,7 +103,7 @@ def test_pure_reward_is_stock_grpo_exactly(base, pairs, tmp_path, beta):
         return [1 / (1 + len(text)) for text in completions]
 
     results = []
-    for kind in (GRPOTrainer, ReplyTrainer):
+    for kind in (GRPOTrainer, partial(ReplyTrainer, fast_path=False)):
         model, tokenizer = load_policy(base)
         rows = Dataset.from_dict({"prompt": [format_prompt(post, tokenizer) for post in pairs["tweet"].unique()[:8]]})
         torch.manual_seed(0)

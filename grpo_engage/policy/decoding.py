@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_adapters', 'draw', 'sample_completions']
 
-# %% ../../nbs/policy/05_decoding.ipynb #4152ab6e
+# %% ../../nbs/policy/05_decoding.ipynb #61f97c81
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .shared_prefix import cache_rows, read_prompts
 
-# %% ../../nbs/policy/05_decoding.ipynb #69ebfc89
+# %% ../../nbs/policy/05_decoding.ipynb #6697eafe
 @contextmanager
 def merged_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Meanwhile active adapters in `model` are part of its weights; afterwards the weights are the very same as before.
@@ -37,7 +37,7 @@ def merged_adapters(model: torch.nn.Module) -> Iterator[None]:
             weight.data = values
             layer.merged_adapters.clear()
 
-# %% ../../nbs/policy/05_decoding.ipynb #e27013a1
+# %% ../../nbs/policy/05_decoding.ipynb #77904bcc
 def draw(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """A token for each row of `logits` (B, V) from softmax(logits / temperature), cut to its nucleus of `top_p`; and
     its log-prob in that distribution, nats. Both (B,). Draws B numbers from torch's own stream of the device."""
@@ -51,7 +51,7 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> 
     tokens = torch.searchsorted(below, point, right=True).clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], chances.gather(1, tokens)[:, 0].double().log()
 
-# %% ../../nbs/policy/05_decoding.ipynb #ffa7ad3f
+# %% ../../nbs/policy/05_decoding.ipynb #fab9b5b0
 def _first_reading(model: PreTrainedModel, prompts: Sequence[Sequence[int]], padding: int):
     """Last states (B, width), cache and mask (B, P) of `prompts`, each different one read once."""
     different: dict[tuple, int] = {}

@@ -7,7 +7,7 @@ __all__ = ['TOKENS_AT_ONCE', 'TOLERANCE', 'inner_model', 'head_log_probs', 'cann
            'cache_rows', 'by_length', 'completion_log_probs', 'labelled_log_probs', 'largest_difference',
            'takes_fast_path', 'add_shared_prefix']
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #5dab970e
+# %% ../../nbs/policy/04_shared_prefix.ipynb #00f822ac
 import functools
 import inspect
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from transformers.cache_utils import DynamicLayer
 
 from ..base.core import say
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #93e7f3d8
+# %% ../../nbs/policy/04_shared_prefix.ipynb #e7a2517f
 def inner_model(model: torch.nn.Module) -> PreTrainedModel:
     """The model within PEFT's wrapper; itself where there is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #30a162de
+# %% ../../nbs/policy/04_shared_prefix.ipynb #b80bc9f9
 # Own autograd function: TRL's computes all positions on a CPU and makes the logits a second time in the backward pass.
 _LOGITS_AT_ONCE = 2**23
 
@@ -35,8 +35,9 @@ class _FrozenHead(torch.autograd.Function):
         exact = torch.promote_types(states.dtype, torch.float32)  # bfloat16 has three digits
         logp, entropy = (torch.empty(len(states), dtype=exact, device=states.device) for _ in range(2))
         slopes, best = torch.empty_like(states) if ctx.needs_input_grad[0] else None, torch.empty_like(labels)
-        for part in torch.arange(len(states), device=states.device).split(max(1, _LOGITS_AT_ONCE // len(weight))):
-            own = slice(int(part[0]), int(part[-1]) + 1)
+        step = max(1, _LOGITS_AT_ONCE // len(weight))
+        for start in range(0, len(states), step):
+            own = slice(start, start + step)
             logits = torch.nn.functional.linear(states[own], weight, bias).to(exact).div_(temperature)
             total = logits.logsumexp(-1)
             logp[own] = logits.gather(1, labels[own, None])[:, 0] - total
@@ -65,7 +66,7 @@ def head_log_probs(states: torch.Tensor, head: torch.nn.Linear, labels: torch.Te
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(1, labels[:, None])[:, 0], entropy, logp.argmax(-1)
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #b85e10b9
+# %% ../../nbs/policy/04_shared_prefix.ipynb #416ce901
 def cannot_share(model: PreTrainedModel) -> str:
     """Why replies to a post cannot share its states in `model`; "" where they can. model: without PEFT's wrapper."""
     config = model.config.get_text_config()
@@ -81,7 +82,7 @@ def cannot_share(model: PreTrainedModel) -> str:
         return "activations are checkpointed"
     return ""
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #2bca9709
+# %% ../../nbs/policy/04_shared_prefix.ipynb #c698afe6
 def different_prompts(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The different rows of `ids` (B, P), padded on the left where `mask` is 0: ids and mask, (G, P'); which of them
     each row is, (B,)."""
@@ -106,7 +107,7 @@ def cache_rows(cache: Cache, rows: torch.Tensor, config: PretrainedConfig) -> Ca
         chosen.update(layer.keys[rows], layer.values[rows], place)
     return chosen
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #4a9ffb16
+# %% ../../nbs/policy/04_shared_prefix.ipynb #87509940
 TOKENS_AT_ONCE = 512
 
 
@@ -120,7 +121,7 @@ def by_length(lengths: Sequence[int], tokens: int = TOKENS_AT_ONCE) -> list[list
             passes.append([row])
     return passes
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #ea862cea
+# %% ../../nbs/policy/04_shared_prefix.ipynb #2b2562bd
 def _pass_states(model: PreTrainedModel, last: torch.Tensor, cache: Cache, mask: torch.Tensor, ids: torch.Tensor,
                  own: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """States that predict the tokens `ids` (n, R) of the replies to the prompts `which` (n,): (n, R, width)."""
@@ -161,7 +162,7 @@ def completion_log_probs(model: PreTrainedModel, prompt_ids: torch.Tensor, promp
     filled = (empty + 0.0 * last.sum()).index_put(where, logp)  # keeps the graph where no token counts
     return filled, empty.index_put(where, entropy), torch.zeros_like(completion_ids).index_put(where, best)
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #f36fc354
+# %% ../../nbs/policy/04_shared_prefix.ipynb #0a0596e9
 def labelled_log_probs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log-prob (with gradient), entropy in nats and whether it is the likeliest, of each label but -100: (N,) each.
@@ -181,7 +182,7 @@ def labelled_log_probs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Te
     logp, entropy, best = head_log_probs(torch.cat(states), model.get_output_embeddings(), known)
     return logp, entropy, best == known
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #fd57b44f
+# %% ../../nbs/policy/04_shared_prefix.ipynb #82f2240c
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a log-prob in nats; half precision: a quarter of a nat
 
 
@@ -222,7 +223,7 @@ def takes_fast_path(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tenso
         _say_once(model.config._name_or_path, reason)
     return not reason
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #f2498159
+# %% ../../nbs/policy/04_shared_prefix.ipynb #78bc7116
 def add_shared_prefix(model: PreTrainedModel) -> None:
     """From now on `model(input_ids, attention_mask, completion_ids=..., completion_mask=..., temperature=...)` is
     `completion_log_probs`, and with `reply_labels` it is `labelled_log_probs`, also through wrappers of `model`; any

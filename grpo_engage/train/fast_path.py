@@ -30,6 +30,7 @@ class FastGRPOTrainer(SafeGRPOTrainer):
             self._inner.fast_path = fast_path
         known = self.accelerator.distributed_type in _SYNCHRONISED and not (
             self._entropy_bonus_enabled or self.top_entropy_quantile < 1 or self.aux_loss_enabled
+            or self.args.neftune_noise_alpha  # noise on the embeddings, drawn for each pass
             or getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False))
         if not known:
             self._inner.fast_path = False

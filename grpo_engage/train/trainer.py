@@ -152,7 +152,8 @@ _STOCK = Objective(0.0, 1.0, 0.0)
 class ReplyTrainer(ReferenceTrainer):
     """`trl.GRPOTrainer` for L = alpha * L_supervised + beta * L_grpo - lam * D.
 
-    Takes everything GRPOTrainer takes, and is a drop-in for it with Objective(0, 1, 0). With alpha > 0 each row has
+    Takes everything GRPOTrainer takes, and is a drop-in for it with Objective(0, 1, 0), to the byte with
+    fast_path=False (else replies share their post, see `FastGRPOTrainer`). With alpha > 0 each row has
     a `reference` (or `completion`) beside its `prompt`: a text, a message of the assistant, or several of either;
     prompts are texts or conversations. With beta = lam = 0 nothing is generated, and batches are as in supervised
     training (`ReplyConfig(generates=False)` frees their size); otherwise a group brings its post's references along.
