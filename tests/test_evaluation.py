@@ -119,8 +119,10 @@ def write(reply_quality, post, sample):
     return f"reply w{post} w{sample % 5} {reply_quality:.6f}"
 
 
-@pytest.fixture()
-def run_dir(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A run's folder as it is before its replies are scored."""
+    folder = tmp_path_factory.mktemp("made_up")
     rng = np.random.default_rng(0)
     pairs, made = [], []
     for split in ("validation", "test"):
@@ -134,17 +136,41 @@ def run_dir(tmp_path, monkeypatch):
                 made += [{"arm": arm, "kind": "trained", "seed": 0, "split": split, "post": post, "sample": sample,
                           "text": write(np.clip(level + rng.normal(0, 0.25), 0, 1), number, sample),
                           "tokens": 4, "log_prob": -9.0, "finish_reason": "eos"} for sample in range(N_SAMPLES)]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "evaluation").mkdir()
-    pd.DataFrame(pairs).to_parquet(tmp_path / "data" / "pairs.parquet")
-    pd.DataFrame(made).to_parquet(tmp_path / "evaluation" / "generations.parquet")
-    (tmp_path / "reward_model").mkdir()
-    (tmp_path / "reward_model" / "validation.json").write_text(json.dumps({"verdicts": {
+    for name in ("data", "evaluation", "reward_model"):
+        (folder / name).mkdir()
+    pd.DataFrame(pairs).to_parquet(folder / "data" / "pairs.parquet")
+    pd.DataFrame(made).to_parquet(folder / "evaluation" / "generations.parquet")
+    (folder / "reward_model" / "validation.json").write_text(json.dumps({"verdicts": {
         name: {"verdict": "validated", "validated": True, "text": "validated"} for name in ("reward", "judge")}}))
+    return folder
+
+
+def patched(monkeypatch):
     judge = (quality, scoring.beat_fraction)
     monkeypatch.setattr(evaluation, "draw_figures", lambda *_: None)  # slow; test_scoring_again draws them
     monkeypatch.setattr(evaluation, "engagement_scorers", lambda *_: ("model", {"judge": judge, "reward": judge}))
-    return tmp_path
+
+
+@pytest.fixture()
+def run_dir(made_up, tmp_path, monkeypatch):
+    patched(monkeypatch)
+    return shutil.copytree(made_up, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def scored_once(made_up, tmp_path_factory):
+    """The same run, scored (seconds, once for all tests that only read): its folder, and `score`'s answer."""
+    folder = shutil.copytree(made_up, tmp_path_factory.mktemp("scored"), dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        patched(monkeypatch)
+        return folder, score(folder)
+
+
+@pytest.fixture()
+def scored(scored_once, tmp_path, monkeypatch):
+    """A copy of it, to score again."""
+    patched(monkeypatch)
+    return shutil.copytree(scored_once[0], tmp_path, dirs_exist_ok=True)
 
 
 def score(run_dir, **options):
@@ -152,8 +178,8 @@ def score(run_dir, **options):
     return evaluation.score_generations(run_dir, n_boot=200, **options).set_index(["arm", "metric"])["value"]
 
 
-def test_scores_say_what_was_put_in(run_dir):
-    value = score(run_dir)
+def test_scores_say_what_was_put_in(scored_once):
+    run_dir, value = scored_once
     frozen = json.loads((run_dir / "evaluation" / "pass.json").read_text())
     assert abs(frozen["validation_pass_at_10"] - 0.6) < 0.1 and not frozen["warnings"]
     assert value["better", "pass@10"] > value["baseline", "pass@10"] > value["weaker", "pass@10"]
@@ -163,8 +189,8 @@ def test_scores_say_what_was_put_in(run_dir):
     assert notes.str.contains("gold_appeal could not be computed for 30 of 30 posts").any()
 
 
-def test_metrics_equal_a_plain_recomputation_from_the_scores(run_dir):
-    value = score(run_dir)
+def test_metrics_equal_a_plain_recomputation_from_the_scores(scored_once):
+    run_dir, value = scored_once
     tau = json.loads((run_dir / "evaluation" / "pass.json").read_text())["tau"]
     made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
     pairs = pd.read_parquet(run_dir / "data" / "pairs.parquet")
@@ -180,8 +206,8 @@ def test_metrics_equal_a_plain_recomputation_from_the_scores(run_dir):
     assert value["better", "self_bleu"] == pytest.approx(by_post.map(self_bleu).mean())
 
 
-def test_test_posts_do_not_move_the_pass_mark(run_dir):
-    score(run_dir)
+def test_test_posts_do_not_move_the_pass_mark(scored):
+    run_dir = scored
     before = (run_dir / "evaluation" / "pass.json").read_bytes()
     path = run_dir / "evaluation" / "generations.parquet"
     made = pd.read_parquet(path)
@@ -207,20 +233,19 @@ def test_guarded_replies_never_pass(run_dir):
     assert value["better", "guard_empty"] == pytest.approx(0.5) and value["better", "guard_spam"] == pytest.approx(0.5)
 
 
-def test_byte_identical_and_sensitive_to_the_seed(run_dir):
+def test_byte_identical_and_sensitive_to_the_seed(scored_once, run_dir):
     names = ("metrics.csv", "comparisons.csv", "curves.csv", "pass.json", "scores.parquet")
-    def files():
-        return [(run_dir / "evaluation" / name).read_bytes() for name in names]
-    score(run_dir, seed=1)
-    first = files()
-    score(run_dir, seed=1)
-    assert files() == first
-    score(run_dir, seed=2)
-    assert files()[0] != first[0] and files()[3] == first[3]  # other bootstrap draws, same pass mark
-
-
-def test_comparisons_are_paired_by_post(run_dir):
+    def files(folder):
+        return [(folder / "evaluation" / name).read_bytes() for name in names]
+    first = files(scored_once[0])
     score(run_dir)
+    assert files(run_dir) == first
+    score(run_dir, seed=2)
+    assert files(run_dir)[0] != first[0] and files(run_dir)[3] == first[3]  # other bootstrap draws, same pass mark
+
+
+def test_comparisons_are_paired_by_post(scored_once):
+    run_dir = scored_once[0]
     table = pd.read_csv(run_dir / "evaluation" / "comparisons.csv").set_index(["arm", "metric"])
     scores = pd.read_parquet(run_dir / "evaluation" / "scores.parquet").query("split == 'test'")
     counts = scores.groupby(["post", "arm"])["passed"].sum().unstack()
@@ -232,8 +257,8 @@ def test_comparisons_are_paired_by_post(run_dir):
     assert math.isnan(table.loc[("better", "gold_appeal"), "difference"])
 
 
-def test_curves_rise_and_their_bands_hold_them(run_dir):
-    score(run_dir)
+def test_curves_rise_and_their_bands_hold_them(scored_once):
+    run_dir = scored_once[0]
     curves = pd.read_csv(run_dir / "evaluation" / "curves.csv")
     assert sorted(curves["k"].unique()) == list(range(1, N_SAMPLES + 1))
     assert curves.groupby("arm")["value"].apply(lambda column: (column.diff().dropna() >= -1e-12).all()).all()
@@ -267,9 +292,8 @@ def test_gold_judge_is_refused_outside_the_simulator(tmp_path):
         scoring.engagement_scorers(tmp_path, "golden", truth=None)
 
 
-def test_a_classifier_counts_insults_and_guards_and_is_named_everywhere(run_dir, make_classifier, tmp_path):
-    folder = run_dir / "evaluation"
-    before = score(run_dir)
+def test_a_classifier_counts_insults_and_guards_and_is_named_everywhere(scored, scored_once, make_classifier, tmp_path):
+    run_dir, folder, before = scored, scored / "evaluation", scored_once[1]
     assert json.loads((folder / "safety.json").read_text()) == {"sources": SAFETY_SOURCES, "classifier": None}
     said = "safety figures are counted: insult, profanity, negative, guard toxic by word list"
     assert pd.read_csv(folder / "notes.csv")["note"].str.startswith(said).any()
@@ -426,9 +450,8 @@ def test_systems_of_the_ladder_are_judged_beside_and_change_no_other_table(full_
     assert pd.read_csv(folder / "ladder.csv").set_index("rung").loc["judge", "n_systems"] == 8
 
 
-def test_a_further_judge_gets_a_mark_a_view_and_a_rung(run_dir, monkeypatch):
-    folder = run_dir / "evaluation"
-    plain = score(run_dir)
+def test_a_further_judge_gets_a_mark_a_view_and_a_rung(scored, scored_once, monkeypatch):
+    run_dir, folder, plain = scored, scored / "evaluation", scored_once[1]
     monkeypatch.setattr(evaluation, "rung_scorers", lambda _: {"contrary": (
         lambda posts, replies: 1 - quality(posts, replies), scoring.beat_fraction)})
     with pytest.raises(ValueError, match="lacks a mark for contrary; .*delete it"):
@@ -456,13 +479,13 @@ def test_an_unusable_file_is_named_with_its_line(full_run, tmp_path):
         evaluation.evaluation_stage(full_run[0], rivals=["oracle"])
 
 
-def test_scoring_again_needs_no_policy_and_draws_embedded_fonts(run_dir, monkeypatch):
+def test_scoring_again_needs_no_policy_and_draws_embedded_fonts(scored, scored_once, monkeypatch):
+    run_dir = scored
     monkeypatch.undo()  # the real draw_figures; the judge is put back below
     judge = (quality, scoring.beat_fraction)
     monkeypatch.setattr(evaluation, "engagement_scorers", lambda *_: ("model", {"judge": judge, "reward": judge}))
     assert not (run_dir / "policy").exists() and not (run_dir / "train").exists()
-    first = score(run_dir)
-    pd.testing.assert_series_equal(score(run_dir), first)
+    pd.testing.assert_series_equal(score(run_dir), scored_once[1])
     figures = sorted((run_dir / "evaluation" / "figures").glob("*.pdf"))
     assert {"pass_at_k", "quality_diversity", "tau_sensitivity", "distributions", "safety", "calibration",
             "forest", "ladder", "frontier"} == {path.stem for path in figures}
@@ -472,8 +495,8 @@ def test_scoring_again_needs_no_policy_and_draws_embedded_fonts(run_dir, monkeyp
         assert path.with_suffix(".png").exists()
 
 
-def test_a_frozen_mark_is_only_read_and_a_change_of_its_inputs_is_said(run_dir):
-    score(run_dir)
+def test_a_frozen_mark_is_only_read_and_a_change_of_its_inputs_is_said(scored):
+    run_dir = scored
     path = run_dir / "evaluation" / "pass.json"
     before = path.read_bytes()
     generations = run_dir / "evaluation" / "generations.parquet"
@@ -517,8 +540,8 @@ def test_posts_need_two_replies():
 # ---- corrections, columns and views by hand
 
 
-def test_holm_is_over_all_arms_and_headline_metrics_at_once(run_dir):
-    score(run_dir)
+def test_holm_is_over_all_arms_and_headline_metrics_at_once(scored_once):
+    run_dir = scored_once[0]
     table = pd.read_csv(run_dir / "evaluation" / "comparisons.csv")
     family = table[table["metric"].isin(scoring.HEADLINE)]
     assert len(family) == 2 * len(scoring.HEADLINE)

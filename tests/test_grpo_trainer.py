@@ -127,27 +127,38 @@ def test_grpo_uses_our_advantage_and_starts_at_the_warm_start(base, pairs, basel
 def test_grpo_raises_an_easy_reward(base, pairs, baseline, tmp_path):
     # 16 steps left it to the processor's rounding whether the rise could be told from noise; 30 triple the reward
     log = train_grpo(base, pairs["tweet"], brevity, tmp_path, reward_id="brevity", warm_start=baseline, max_steps=30,
-                     learning_rate=1e-3, posts_per_step=4, num_generations=8, kl_weight=0.0)
+                     learning_rate=1e-3, posts_per_step=4, num_generations=8, kl_weight=0.0, max_new_tokens=16)
     assert pilot_verdict(log)["reward_rising"]["answer"] == "yes"
     assert log["kl"].isna().all()  # no KL term, so none is logged: not a zero
 
 
+KILLED = dict(reward_id="brevity", max_steps=5, learning_rate=1e-3, posts_per_step=4, num_generations=4,
+              micro_batch_size=8, max_new_tokens=12, save_steps=2, marks=[1, 2, 5, 9])
+
+
+@pytest.fixture(scope="module")
+def whole(base, pairs, baseline, tmp_path_factory):
+    """A run with KILLED that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_grpo(base, pairs["tweet"], brevity, folder, **KILLED, warm_start=baseline)
+    assert kept_marks(folder) == [1, 2]  # after step 5 it is the adapter itself
+    return folder
+
+
 @pytest.mark.parametrize("kill_at", [1, 3, 4])
-def test_a_killed_grpo_run_ends_with_the_same_bytes(base, pairs, baseline, tmp_path, kill_at):
-    options = dict(reward_id="brevity", warm_start=baseline, max_steps=5, learning_rate=1e-3, posts_per_step=4,
-                   num_generations=4, micro_batch_size=8, save_steps=2, marks=[1, 2, 5, 9])
-    train_grpo(base, pairs["tweet"], brevity, tmp_path / "whole", **options)
-    assert kept_marks(tmp_path / "whole") == [1, 2]  # after step 5 it is the adapter itself
+def test_a_killed_grpo_run_ends_with_the_same_bytes(base, pairs, baseline, whole, tmp_path, kill_at):
+    options = KILLED | {"warm_start": baseline}
     with pytest.raises(Killed):
         train_grpo(base, pairs["tweet"], brevity, tmp_path / "cut", **options, callbacks=[KillAfter(kill_at)])
     assert not (tmp_path / "cut" / "adapter").exists()
     log = train_grpo(base, pairs["tweet"], brevity, tmp_path / "cut", **options)
     assert log["step"].tolist() == [1, 2, 3, 4, 5]
-    assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")  # adapter, its config and the log
+    assert file_sha256(tmp_path / "cut") == file_sha256(whole)  # adapter, its config and the log
 
 
 def test_a_mark_is_the_adapter_of_a_run_that_ended_there_and_changes_nothing(base, pairs, baseline, tmp_path):
-    options = dict(reward_id="brevity", warm_start=baseline, learning_rate=1e-3, posts_per_step=4, num_generations=4)
+    options = dict(reward_id="brevity", warm_start=baseline, learning_rate=1e-3, posts_per_step=4, num_generations=4,
+                   max_new_tokens=12)
     train_grpo(base, pairs["tweet"], brevity, tmp_path / "marked", **options, max_steps=3, marks=[2])
     for name, max_steps in (("short", 2), ("plain", 3)):
         train_grpo(base, pairs["tweet"], brevity, tmp_path / name, **options, max_steps=max_steps)

@@ -17,6 +17,7 @@ from grpo_engage.data import pairs as data
 from grpo_engage.policy import base_models
 from grpo_engage.policy import replies as policy
 from grpo_engage.policy.base_models import NANO, ensure_policy, nano_corpus, pretrain_nano
+from grpo_engage.policy.model_files import reply_ids
 from grpo_engage.policy.sampling import (
     clean_text,
     format_prompt,
@@ -116,15 +117,32 @@ def test_order_columns_and_reasons(nano):
 
 
 def test_a_reply_that_ended_itself_counts_its_end(nano):
-    """Against the likelihood of the same text, which `reply_nll` computes with its end token."""
-    got = generate_replies(*nano, TWEETS, n=16, max_new_tokens=28, batch_size=16, seed=2)
-    got = got[got["finish_reason"] == "stop"]
-    table = reply_nll(*nano, [TWEETS[post] for post in got["post"]], got["text"].tolist())
-    same = (table["n_tokens"].to_numpy() == got["n_tokens"].to_numpy())  # a text may be cut into other tokens again
-    assert len(got) > 20 and same.mean() > 0.8
-    # Of the same number of tokens a few texts are cut into others, too; without the end every one would be off.
-    alike = np.isclose(got["log_prob"][same], -table["nll"][same], rtol=1e-3)
-    assert alike.mean() > 0.9, np.flatnonzero(~alike)
+    """Against the likelihood of the same text, which `reply_nll` computes with its end token. A text may be cut into
+    other tokens than those that were sampled: then the two are of different things, and only then."""
+    model, tokenizer = nano
+    sampled = []
+
+    class Noting:
+        """The tokenizer, which notes the tokens of each reply that it is asked to put into words."""
+
+        def __call__(self, *words, **options):
+            return tokenizer(*words, **options)
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def decode(self, ids, **options):
+            sampled.append(list(ids))
+            return tokenizer.decode(ids, **options)
+
+    got = generate_replies(model, Noting(), TWEETS, n=16, max_new_tokens=28, batch_size=16, seed=2)
+    assert len(sampled) == len(got) and [len(ids) for ids in sampled] == got["n_tokens"].tolist()
+    again = [reply_ids(text, tokenizer) for text in got["text"]]
+    same = np.array([ids == own for ids, own in zip(sampled, again, strict=True)])
+    assert same.sum() >= 20 and (got["finish_reason"][same] == "stop").all()
+    table = reply_nll(model, tokenizer, [TWEETS[post] for post in got["post"][same]], got["text"][same].tolist())
+    assert table["n_tokens"].tolist() == got["n_tokens"][same].tolist()
+    np.testing.assert_allclose(got["log_prob"][same], -table["nll"], rtol=1e-3)
 
 
 def test_batches_draw_different_numbers(nano):

@@ -34,7 +34,7 @@ from grpo_engage.rewards.overoptimisation import best_of_n, misjudged
 from grpo_engage.rewards.pairwise import bradley_terry_loss, pair_features, training_pairs
 from grpo_engage.rewards.pooled_expectation import pooled_expectation
 from grpo_engage.rewards.reward_model import CombinedReward, beat_probability, reward_model_stage
-from grpo_engage.rewards.text_evidence import TYPICALITY, TextEvidence
+from grpo_engage.rewards.text_evidence import TYPICALITY, TextEvidence, _Towers
 from grpo_engage.rewards.training_reward import UnvalidatedReward, training_reward
 from grpo_engage.rewards.unseen_exploits import UNSEEN_EXPLOITS
 from grpo_engage.rewards.validation import (
@@ -452,11 +452,13 @@ def test_the_stage_needs_the_stages_before_it(tmp_path):
 # --- evidence without labels
 
 
-def test_typicality_against_counting_by_hand():
+def test_typicality_against_counting_by_hand(monkeypatch):
     """Own neighbours left out for known replies; every run counted with its multiplicity."""
+    monkeypatch.setattr("grpo_engage.rewards.text_evidence.train_match",  # the towers have no part in it, and take long
+                        lambda posts, replies, post_of, seed, size: _Towers(replies.shape[1], size).eval())
     pairs, _ = make_pairs(12, seed=3)
     replies = [text.replace("?", " ?").replace(".", " .") for text in pairs.reply]
-    evidence = TextEvidence(buckets=2**18, size=2)  # size: of the towers, which have no part in typicality
+    evidence = TextEvidence(buckets=2**18, size=2)
     known = evidence.fit_transform(pairs.tweet.tolist(), replies, seed=0)
     new = ["bridge council ticket garden ?", "garden garden garden", "xyzzy"]
     fresh = evidence.transform(["news about the rain"] * 3, new)

@@ -10,6 +10,10 @@ import numpy as np
 import pandas as pd
 import papermill
 import pytest
+from click.testing import CliRunner
+from papermill.cli import papermill as papermill_command
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from peft import LoraConfig
 
 from grpo_engage.base.core import write_json
@@ -25,6 +29,7 @@ from grpo_engage.policy.replies import instruction_of, loading_options
 from grpo_engage.rewards.engagement_model import EngagementRewardModel
 from grpo_engage.rewards.settings import RewardChoice
 from grpo_engage.rewards.training_reward import training_reward
+from grpo_engage.run.cli import main
 from grpo_engage.run.demonstration import demonstration_run, run_stage_function
 from grpo_engage.run.graph import job_needs, job_parameters, jobs
 from grpo_engage.run.settings import (
@@ -39,6 +44,7 @@ from grpo_engage.run.settings import (
     user_parameters,
 )
 from grpo_engage.train.arm_training import make_trainer, training_rows
+from grpo_engage.train.hybrid import train_stage
 from grpo_engage.train.objective import Objective
 from grpo_engage.train.settings import TrainSettings
 
@@ -59,11 +65,10 @@ def test_the_parameters_cell_is_what_the_class_says_and_papermill_reads_it(stage
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_help_and_params_show_every_parameter(stage):
-    helped = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", str(notebook_of(stage))],
-                            capture_output=True, text=True, check=True).stdout
-    shown = subprocess.run([sys.executable, "-m", "grpo_engage", "params", stage], capture_output=True, text=True,
-                           check=True).stdout
+def test_help_and_params_show_every_parameter(stage, capsys):
+    helped = CliRunner().invoke(papermill_command, ["--help-notebook", str(notebook_of(stage))]).output
+    assert main(["params", stage]) == 0
+    shown = capsys.readouterr().out
     for name, entry in user_parameters(stage).items():
         assert name in helped and f"  {name}: {entry.type.__name__} = {default_of(entry)!r}\n" in shown
 
@@ -332,15 +337,28 @@ def test_an_arm_that_cannot_be_is_refused_with_its_line(tmp_path, entry, message
         resolve_config(load_preset(str(tmp_path / "mine.yaml")))
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["-p", "max_steps", "three"], "must be of type int"), (["-p", "num_generations", "1"], "outside [2..256]"),
-    (["-p", "advantage", "gruop"], "did you mean 'group'?")])
-def test_plain_papermill_refuses_what_check_refuses(words, message, tmp_path):
+def test_plain_papermill_refuses_what_check_refuses(tmp_path):
     (tmp_path / "data").mkdir()
     done = subprocess.run([sys.executable, "-m", "papermill", str(notebook_of("train")), str(tmp_path / "out.ipynb"),
-                           "--cwd", str(notebook_of("train").parent), "-p", "run_dir", str(tmp_path), *words],
-                          capture_output=True, text=True)
-    assert done.returncode and message in done.stderr, done.stderr[-2000:]
+                           "--cwd", str(notebook_of("train").parent), "-p", "run_dir", str(tmp_path),
+                           "-p", "num_generations", "1"], capture_output=True, text=True)
+    assert done.returncode and "outside [2..256]" in done.stderr, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("max_steps", "three", "must be of type int"), ("advantage", "gruop", "did you mean 'group'?")])
+def test_the_cells_that_papermill_fills_in_refuse_it_too(name, value, message, tmp_path, monkeypatch):
+    """As above, without a kernel of its own: the parameters and the stage's cell of the notebook that it would run."""
+    monkeypatch.chdir(notebook_of("train").parent)
+    given = {"run_dir": str(tmp_path), name: value}
+    notebook = parameterize_notebook(load_notebook_node(str(notebook_of("train"))), given)
+    tags = {"parameters", "injected-parameters", "stage"}
+    space = {"TrainSettings": TrainSettings, "train_stage": train_stage}
+    with pytest.raises((ValueError, TypeError)) as error:
+        for cell in notebook.cells:
+            if tags & set(cell.metadata.get("tags", ())):
+                exec(cell.source, space)
+    assert message in str(error.value) and space["run_dir"] == str(tmp_path) and not list(tmp_path.iterdir())
 
 
 def test_the_manifest_records_what_the_settings_are(tmp_path):

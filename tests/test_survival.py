@@ -107,22 +107,26 @@ def test_kill_9_while_polychromic_trains(base, pairs, whole, tmp_path, capsys):
     goes_on(base, pairs, tmp_path / "run", whole, capsys, last)
 
 
-@pytest.mark.parametrize("objective", [Objective(1.0, 0.0, 0.0), Objective(0.0, 1.0, 0.0)])
-@pytest.mark.parametrize(("death", "last"), [(5, 4), (7, 6)])
-def test_a_resume_in_a_later_epoch_sees_the_same_posts(base, pairs, tmp_path, objective, death, last):
-    """Three steps are an epoch: checkpoint 4 lies within the second, 6 ends it."""
-    options = OPTIONS | dict(objective=objective, max_steps=8, save_steps=2, batch_size=4,
+@pytest.fixture(scope="module", params=[Objective(1.0, 0.0, 0.0), Objective(0.0, 1.0, 0.0)])
+def epochs(request, base, pairs, tmp_path_factory):
+    """Eight steps of a whole run, three an epoch, by one objective: its folder, its posts and its options."""
+    options = OPTIONS | dict(objective=request.param, max_steps=8, save_steps=2, batch_size=4,
                              reward=lambda posts, replies: [float(len(reply)) for reply in replies])
-    few = pairs.drop_duplicates("tweet").head(12 if objective.alpha else 6)
-    for name, callbacks in (("whole", []), ("cut", [At(death, die)])):
-        (tmp_path / name).mkdir()
-        try:
-            train_arm(base, few, tmp_path / name, **options, callbacks=callbacks)
-        except Killed:
-            pass
+    few = pairs.drop_duplicates("tweet").head(12 if request.param.alpha else 6)
+    folder = tmp_path_factory.mktemp("epochs")
+    train_arm(base, few, folder, **options)
+    return folder, few, options
+
+
+@pytest.mark.parametrize(("death", "last"), [(5, 4), (7, 6)])
+def test_a_resume_in_a_later_epoch_sees_the_same_posts(base, epochs, tmp_path, death, last):
+    """Checkpoint 4 lies within the second epoch, 6 ends it."""
+    uncut, few, options = epochs
+    with pytest.raises(Killed):
+        train_arm(base, few, tmp_path / "cut", **options, callbacks=[At(death, die)])
     assert last == max(int(path.name.split("-")[1]) for path in (tmp_path / "cut" / "checkpoints").glob("*-*"))
     train_arm(base, few, tmp_path / "cut", **options)
-    assert file_sha256(tmp_path / "cut") == file_sha256(tmp_path / "whole")
+    assert file_sha256(tmp_path / "cut") == file_sha256(uncut)
 
 
 @pytest.mark.parametrize("max_steps", [5, 6])
