@@ -16,8 +16,6 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 
 from ..base.core import atomic_folder, child_seed, read_json, write_json
-from .encoder_tuning import TunedMiniLMBackbone, tuning_halves
-from .language_states import StatesBackbone
 from grpo_engage.rewards.pairwise import (
     build_network,
     checked_options,
@@ -129,18 +127,27 @@ def _saved(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     return config, tensors
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005-22b
-ALL_BACKBONES = BACKBONES | {backbone.name: backbone for backbone in (TunedMiniLMBackbone, StatesBackbone)}
+ALL_BACKBONES = (*BACKBONES, "minilm-lora", "states")
 
 
 def build_backbone(name: str, options: dict | None = None):
     """The untrained backbone `name`, of ALL_BACKBONES, sentence:ID or causal:ID. ValueError for another name."""
     kind, _, model = name.partition(":")
-    if name in ALL_BACKBONES:
-        return ALL_BACKBONES[name](**(options or {}))
+    if name in BACKBONES:
+        return BACKBONES[name](**(options or {}))
+    # transformers, peft and TRL take seconds to import: only for those that train a model of their own
+    if name == "minilm-lora":
+        from grpo_engage.rewards.encoder_tuning import TunedMiniLMBackbone
+
+        return TunedMiniLMBackbone(**(options or {}))
+    if name == "states":
+        from grpo_engage.rewards.language_states import StatesBackbone
+
+        return StatesBackbone(**(options or {}))
     if model and kind == "sentence":
         return SentenceBackbone(model, **(options or {}))
     if model and kind == "causal":
-        from grpo_engage.rewards.causal_reward import CausalBackbone  # TRL takes seconds to import
+        from grpo_engage.rewards.causal_reward import CausalBackbone
 
         return CausalBackbone(model, **(options or {}))
     raise ValueError(f"backbone is {name!r}; known are {', '.join(sorted(ALL_BACKBONES))}, sentence:ID and causal:ID")
@@ -195,6 +202,8 @@ class EngagementRewardModel:
         else:
             self.backbone.fit([*posts, *replies], own)
         if hasattr(self.backbone, "tune"):
+            from grpo_engage.rewards.encoder_tuning import tuning_halves
+
             first, found = tuning_halves(found, seed)
             self.backbone.tune(posts, replies, first, child_seed(seed, "tuning"))
         evidence = self.evidence.fit_transform(posts, replies, child_seed(seed, "evidence"))
