@@ -203,8 +203,8 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
     """Record a stage in `folder`/manifest.json; the dict that is yielded takes further facts.
 
     Written: stage, status (running, completed, failed), parameters, git commit and dirty flag, package versions,
-    hardware (its GPUs where torch was used, else null), SHA-256 of each input, start time (UTC), wall_seconds, cost_usd (= hours x `usd_per_hour`, the price of
-    the machine; null where none is given, 0), and on failure the error.
+    hardware (its GPUs where torch was used, else null), SHA-256 of each input, start time (UTC), wall_seconds, cost_usd
+    (= hours x `usd_per_hour`, the price of the machine; null where none is given, 0), and on failure the error.
 
     Raises: FileNotFoundError when an input is missing, naming it.
     """

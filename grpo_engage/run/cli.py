@@ -241,7 +241,7 @@ def _judge(args: argparse.Namespace) -> int:
     endpoint = Endpoint(*(getattr(args, name) for name in (
         "url", "model", "key_variable", "price_in", "price_out", "max_tokens", "timeout")))
     tables = judge_run(folder, endpoint, **{name: getattr(args, name) for name in (
-        "versus", "limit", "repeats", "injected", "max_cost")})
+        "versus", "limit", "repeats", "injected", "max_cost", "concurrency")})
     for name in ("summary", "agreement", "flips"):
         print(f"{name}\n{tables[name].round(3).to_string(index=False, na_rep='', max_colwidth=60)}")
     return 0
@@ -308,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
             ("key-variable", str, "GRPO_ENGAGE_JUDGE_KEY", "environment variable that holds the key"),
             ("max-tokens", int, 1024, "of an answer with its thoughts; raised once where a verdict is cut off"),
             ("timeout", float, 120.0, "seconds for a call"), ("limit", int, 20, "pairs of each arm"),
+            ("concurrency", int, 8, "calls at a time"),
             ("repeats", int, 2, "how often each question is asked"), ("versus", str, "baseline", "the rival"),
             ("injected", int, 2, "pairs on which hidden orders are tried")):
         judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)
