@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from grpo_engage.base.core import REPO_ROOT, read_json
-from grpo_engage.run.cli import _table
+from grpo_engage.run.listing import as_table
 from grpo_engage.run.settings import STAGES, notebook_of
 
 MODELS = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sentence_transformers")
@@ -109,6 +109,6 @@ def test_the_stage_of_the_data_and_its_manifest_do_without_torch(tmp_path):
 def test_the_list_of_runs_is_what_pandas_would_print():
     rows = [{"run": "a", "status": "completed", "minutes": 1.5}, {"run": "long name", "status": "empty"},
             {"run": "b", "status": "failed in data", "minutes": 12.0, "pass@10 grpo": 0.125}]
-    ours = [line.split() for line in _table(rows).splitlines()]
+    ours = [line.split() for line in as_table(rows).splitlines()]
     theirs = [line.split() for line in pd.DataFrame(rows).to_string(index=False, na_rep="").splitlines()]
-    assert ours == theirs and len({*map(len, _table(rows).splitlines())}) == 1
+    assert ours == theirs and len({*map(len, as_table(rows).splitlines())}) == 1

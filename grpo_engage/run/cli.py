@@ -7,7 +7,6 @@ __all__ = ['run_folder', 'only_one', 'is_busy', 'run_status', 'main']
 
 # %% ../../nbs/run/02_cli.ipynb #c002
 import argparse
-import csv
 import fcntl
 import math
 import os
@@ -16,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean
 
 from ..base.core import REPO_ROOT, read_json, say, write_json
 from ..base.environment import own_environment, refuse_launcher
@@ -34,6 +32,7 @@ from grpo_engage.run.graph import (
     say_changes,
     stage_folder,
 )
+from .listing import as_table, pass_at_10
 from .runner import LIBRARIES, failure_message, listed_verdicts, run_stage, snakemake
 from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
 
@@ -72,16 +71,6 @@ def is_busy(run_dir: Path) -> bool:
     return False
 
 # %% ../../nbs/run/02_cli.ipynb #c013
-def _pass_at_10(metrics: Path) -> dict[str, float]:
-    """Each arm's mean over its seeds; read without pandas, which takes longer to import than `list` to do its work."""
-    found: dict[str, list[float]] = {}
-    with open(metrics, encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["metric"] == "pass@10" and row["value"]:
-                found.setdefault(f"pass@10 {row['arm']}", []).append(float(row["value"]))
-    return {name: round(fmean(values), 3) for name, values in found.items()}
-
-
 def run_status(run_dir: Path) -> dict:
     """One run in a line: preset, status, minutes, the gate's verdicts, and Pass@10 of each arm where it is known."""
     if not (run_dir / "config.json").exists():
@@ -103,7 +92,7 @@ def run_status(run_dir: Path) -> dict:
            "minutes": round(sum(record.get("wall_seconds", 0) for record in records) / 60, 1)}
     row |= listed_verdicts(run_dir)
     if (metrics := run_dir / "evaluation" / "metrics.csv").exists():
-        row |= _pass_at_10(metrics)
+        row |= pass_at_10(metrics)
     return row
 
 # %% ../../nbs/run/02_cli.ipynb #c017
@@ -218,17 +207,9 @@ def _check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(rows: Sequence[dict]) -> str:
-    """`rows` in columns, each flush right; empty where a row has no such entry."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [columns, *([str(row.get(name, "")) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(" ".join(map(str.rjust, line, widths)) for line in lines)
-
-
 def _list(args: argparse.Namespace) -> int:
     rows = [run_status(path) for path in sorted(run_folder("x").parent.glob("*")) if path.is_dir()]
-    print(_table(rows) if rows else f"no runs yet in {run_folder('x').parent}")
+    print(as_table(rows) if rows else f"no runs yet in {run_folder('x').parent}")
     return 0
 
 
