@@ -17,7 +17,7 @@ from grpo_engage.base.core import REPO_ROOT, read_json
 from grpo_engage.base.environment import LEFT_OUT, own_environment, without_settings
 from grpo_engage.base.plots import style
 from grpo_engage.base.processes import launch_command
-from grpo_engage.run.runner import ThisInterpreter
+from grpo_engage.run.execution import ThisInterpreter
 
 RUN = ["-m", "grpo_engage", "run", "data", "--preset", "smoke", "-p", "n_conversations=40"]
 EXITS = "raise SystemExit('a startup file of the user was run')\n"
@@ -148,7 +148,7 @@ def test_what_is_meant_to_count_counts(clean, tmp_path):
     done = called([*RUN, "--run", "a", "--profile", os.path.relpath(profile, tmp_path)], tmp_path, others, tmp_path)
     assert done.returncode == 0, done.stderr
     record = read_json(tmp_path / "runs" / "a" / "data" / "manifest.json")
-    assert record["hardware"] == clean[1]["hardware"] | {"torch_threads": 1} and record["git"] == clean[1]["git"]
+    assert record["hardware"] == clean[1]["hardware"] | {"threads": 1} and record["git"] == clean[1]["git"]
     assert results(tmp_path / "runs" / "a") == clean[0]
     log = (tmp_path / "runs" / "a" / "snakemake.log").read_text(encoding="utf-8")
     assert "grpo_engage job data" in log, "printshellcmds"

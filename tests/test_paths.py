@@ -25,8 +25,8 @@ from grpo_engage.evaluation.arm_files import arm_file_name, file_replies
 from grpo_engage.paper.pdf import build_pdf
 from grpo_engage.policy.base_models import ensure_policy
 from grpo_engage.run.cli import main, run_folder
+from grpo_engage.run.execution import execute_notebook
 from grpo_engage.run.graph import outside_files
-from grpo_engage.run.runner import execute_notebook
 from grpo_engage.run.settings import STAGES, load_preset, resolve_config, user_parameters
 
 ODD = ("a  b 'q' \"d\" $HOME ${x} $(id) `id` {x} {wildcards.x} {0} {} {n,[0-9]+} [a] (b) *? #h %p %(s)s &amp; ;s \\n "

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from grpo_engage.base.core import REPO_ROOT, file_sha256, write_json
 from grpo_engage.base.storage import check_writable
-from grpo_engage.run import runner
+from grpo_engage.run import execution, runner
 from grpo_engage.run.cli import main
 from grpo_engage.train.objective import Objective
 
@@ -154,14 +154,14 @@ def test_the_checkpoints_of_a_job_go_when_it_is_over_and_not_before(tmp_path, mo
         assert parameters["keep_checkpoints"] and parameters["max_steps"] == 3
         (folder / "checkpoints" / "checkpoint-3").mkdir(parents=True, exist_ok=True)
         if fails:
-            raise runner.NotebookFailure("no")
+            raise execution.NotebookFailure("no")
         (folder / "adapter").mkdir()
         for name in ("train_log.csv", "verdict.json", "manifest.json"):
             write_json(folder / name, {"status": "completed", "parameters": {}})
 
-    monkeypatch.setattr(runner, "execute_notebook", execute)
+    monkeypatch.setattr(execution, "execute_notebook", execute)
     fails = True
-    with pytest.raises(runner.NotebookFailure):
+    with pytest.raises(execution.NotebookFailure):
         runner.run_stage(tmp_path, "train", "grpo", 0)
     assert (folder / "checkpoints" / "checkpoint-3").exists()
     fails = False
@@ -209,7 +209,7 @@ def test_a_disk_too_full_for_the_executed_notebook_is_named(tmp_path, monkeypatc
 
     write_json(tmp_path / "config.json",
                {"stages": {"data": {"source": "simulator"}}, "arms": [], "seeds": [], "preset": "smoke"})
-    monkeypatch.setattr(runner, "execute_notebook", full)
+    monkeypatch.setattr(execution, "execute_notebook", full)
     with pytest.raises(OSError, match="the disk is full: free some space there") as caught:
         runner.run_stage(tmp_path, "data")
     assert str(tmp_path / "data") in str(caught.value)

@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,10 +23,12 @@ from datetime import UTC, datetime
 from importlib import metadata
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
+from .environment import thread_limit, without_settings
 
-from .environment import without_settings
+if TYPE_CHECKING:  # half a second: only where a table is really written
+    import pandas as pd
 
 # %% ../../nbs/base/00_core.ipynb #c003
 # The folder that holds nbs/ and settings.ini. In a notebook there is no `__file__`; its kernel runs in nbs/base/.
@@ -103,7 +106,7 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: not valid JSON ({error}); delete it and run its stage again") from error
 
 # %% ../../nbs/base/00_core.ipynb #c015
-def write_parquet(path: Path, frame: pd.DataFrame) -> None:
+def write_parquet(path: Path, frame: "pd.DataFrame") -> None:
     """Write `frame` to parquet: no index, same bytes for the same content."""
     with _atomic_path(path) as temporary:
         frame.to_parquet(temporary, index=False, compression="zstd")
@@ -113,11 +116,13 @@ def _defuse(value: object) -> object:
     return "'" + value if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
-def write_csv(path: Path, frame: pd.DataFrame) -> None:
+def write_csv(path: Path, frame: "pd.DataFrame") -> None:
     """Write `frame` to UTF-8 CSV with formula-like text defused (OWASP: CSV injection) and full float precision."""
+    from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
     safe = frame.copy()
     for column in safe.columns:
-        if not (pd.api.types.is_numeric_dtype(safe[column]) or pd.api.types.is_bool_dtype(safe[column])):
+        if not (is_numeric_dtype(safe[column]) or is_bool_dtype(safe[column])):
             safe[column] = safe[column].map(_defuse)
     with _atomic_path(path) as temporary:
         safe.to_csv(temporary, index=False, lineterminator="\n", errors="backslashreplace")
@@ -184,11 +189,12 @@ def _versions() -> dict[str, str]:
 
 
 def _hardware() -> dict:
-    import torch  # slow to import: only where a manifest is really written
-
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    """The machine; `gpus` is null until torch is there: it takes seconds to import, and some stages do without."""
+    torch = sys.modules.get("torch")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"machine": platform.machine(), "system": platform.system(), "cpu_count": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(), "gpus": names}
+            "threads": thread_limit() or cores, "gpus": names}
 
 
 @contextlib.contextmanager
@@ -197,8 +203,8 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
     """Record a stage in `folder`/manifest.json; the dict that is yielded takes further facts.
 
     Written: stage, status (running, completed, failed), parameters, git commit and dirty flag, package versions,
-    hardware, SHA-256 of each input, start time (UTC), wall_seconds, cost_usd (= hours x `usd_per_hour`, the price of
-    the machine; null where none is given, 0), and on failure the error.
+    hardware (its GPUs where torch was used, else null), SHA-256 of each input, start time (UTC), wall_seconds, cost_usd
+    (= hours x `usd_per_hour`, the price of the machine; null where none is given, 0), and on failure the error.
 
     Raises: FileNotFoundError when an input is missing, naming it.
     """
@@ -220,7 +226,8 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
         raise
     finally:
         seconds = time.monotonic() - start
-        facts |= {"wall_seconds": round(seconds, 3), "usd_per_hour": usd_per_hour,
+        facts |= {"hardware": _hardware(),  # again: what computes has been imported by now
+                  "wall_seconds": round(seconds, 3), "usd_per_hour": usd_per_hour,
                   "cost_usd": round(seconds / 3600 * usd_per_hour, 6) if usd_per_hour else None}
         write_json(folder / "manifest.json", facts)
 

@@ -12,10 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.neighbors import NearestNeighbors
 
 from ..base.core import SPLITS, child_seed
 
@@ -34,6 +30,9 @@ def conversation_groups(pairs: pd.DataFrame) -> pd.Series:
 
     Groups are the connected components of the graph whose edges join a conversation_id with a normalised tweet.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     edges = pairs[["conversation_id", "tweet"]].drop_duplicates()
     conversation, ids = pd.factorize(edges.conversation_id)
     text, _ = pd.factorize(edges.tweet.map(normalise_text))
@@ -116,6 +115,10 @@ def split_conversations(
 
 # %% ../../nbs/data/05_splitting.ipynb #c015-1
 def _near_copied_posts(pairs: pd.DataFrame, threshold: float, keep: list[str]) -> pd.DataFrame:
+    # a second to import, and reading pairs needs neither
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.neighbors import NearestNeighbors
+
     posts = pairs.sort_values("row").assign(text=lambda p: p.tweet.map(normalise_text))
     posts = posts.drop_duplicates(["text", "split"], ignore_index=True)
     if len(posts) < 2:

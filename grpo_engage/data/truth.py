@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 
 from .gold import gold_appeal, gold_components, tokenize
 
@@ -29,6 +28,10 @@ def gold_appeal_b(posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
     gates x logistic(constant + fit + relevance - specificity - words beyond 9 or short of 4); gates are fluency and
     novelty below a half. As `gold_appeal`, it is for evaluation, and no learner may call it.
     """
+    from scipy.special import (
+        expit,  # here: it takes longer to import than all that a reader of pairs needs of this room
+    )
+
     c = gold_components(posts, replies, "b")
     words = np.array([sum(token[0].isalnum() for token in tokenize(reply)) for reply in replies])
     w = _WEIGHTS_B

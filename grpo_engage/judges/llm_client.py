@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ import tenacity
 
 from .chat_form import Form, after_refusal, raise_limit, read_reply, request_body
 from .endpoint import Endpoint, Messages, most_tokens
+from .side_by_side import Pause
 
 # %% ../../nbs/judges/00_llm_client.ipynb #c004
 class Answer(NamedTuple):
@@ -70,7 +72,7 @@ def _seconds(header: str) -> float:
 
 # %% ../../nbs/judges/00_llm_client.ipynb #c006
 class Ledger:
-    """Answers by request, and the money spent, in one SQLite file. Several processes may share it.
+    """Answers by request, and the money spent, in one SQLite file. Several processes and threads may share it.
 
     Raises ValueError when the file is there and is no such database.
     """
@@ -78,7 +80,8 @@ class Ledger:
     def __init__(self, path: Path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self._path = Path(path)
-        self._base = sqlite3.connect(path, timeout=60, isolation_level=None)
+        self._base = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+        self._lock = threading.RLock()  # of this one connection
         try:
             # What is committed survives a kill at once, and a power cut but for the last moment.
             self._base.execute("PRAGMA journal_mode = WAL")
@@ -104,32 +107,38 @@ class Ledger:
 
     def known(self, key: str) -> Answer | None:
         """The stored answer, or None."""
-        row = self._base.execute("SELECT answer, finish, token_limit FROM answers WHERE request = ?", (key,)).fetchone()
+        with self._lock:
+            row = self._base.execute("SELECT answer, finish, token_limit FROM answers WHERE request = ?",
+                                     (key,)).fetchone()
         return Answer(row[0], cached=True, finish=row[1] or "", limit=row[2] or 16) if row else None
 
     def store(self, key: str, model: str, answer: str, finish: str = "", limit: int = 0) -> None:
         """Keep an answer; a kill after this returns does not lose it."""
-        self._base.execute("INSERT OR REPLACE INTO answers (request, model, answer, finish, token_limit) "
-                           "VALUES (?, ?, ?, ?, ?)", (key, model, answer, finish, limit))
+        with self._lock:
+            self._base.execute("INSERT OR REPLACE INTO answers (request, model, answer, finish, token_limit) "
+                               "VALUES (?, ?, ?, ?, ?)", (key, model, answer, finish, limit))
 
     @property
     def spent(self) -> float:
         """US dollars, open reservations counted in full."""
-        return float(self._base.execute("SELECT COALESCE(SUM(usd), 0) FROM calls").fetchone()[0])
+        with self._lock:
+            return float(self._base.execute("SELECT COALESCE(SUM(usd), 0) FROM calls").fetchone()[0])
 
     def reserve(self, most: float, cap: float) -> int | None:
         """Write down a call that may cost `most`; its number, or None when that could pass the cap."""
-        self._base.execute("BEGIN IMMEDIATE")  # two processes may not both take the last dollar
-        try:
-            if not self.spent + most <= cap:  # a cap of NaN lets nothing through
-                return None
-            return self._base.execute("INSERT INTO calls (usd, state) VALUES (?, 'open')", (most,)).lastrowid
-        finally:
-            self._base.execute("COMMIT")
+        with self._lock:
+            self._base.execute("BEGIN IMMEDIATE")  # two processes may not both take the last dollar
+            try:
+                if not self.spent + most <= cap:  # a cap of NaN lets nothing through
+                    return None
+                return self._base.execute("INSERT INTO calls (usd, state) VALUES (?, 'open')", (most,)).lastrowid
+            finally:
+                self._base.execute("COMMIT")
 
     def settle(self, call: int, usd: float, state: str) -> None:
         """Replace a reservation by what the call did cost."""
-        self._base.execute("UPDATE calls SET usd = ?, state = ? WHERE id = ?", (usd, state, call))
+        with self._lock:
+            self._base.execute("UPDATE calls SET usd = ?, state = ? WHERE id = ?", (usd, state, call))
 
     def close(self) -> None:
         """Close the file."""
@@ -217,17 +226,20 @@ def _usage_cost(endpoint: Endpoint, reply: dict, most: float) -> float:
     return endpoint.cost(*counts) if known else most
 
 # %% ../../nbs/judges/00_llm_client.ipynb #c018
-def _retrying(endpoint: Endpoint, sleep: Callable[[float], None]) -> tenacity.Retrying:
+def _retrying(endpoint: Endpoint, sleep: Callable[[float], None], pause: Pause) -> tenacity.Retrying:
     """Tries again what raises `_TryAgain`: as often, and after as long, as server and `endpoint` say."""
     backoff = tenacity.wait_exponential_jitter(initial=1, max=endpoint.longest_wait)
 
     def wait(state: tenacity.RetryCallState) -> float:
-        return max(backoff(state), state.outcome.exception().wait)
+        asked = state.outcome.exception().wait
+        if 0 < asked <= endpoint.longest_wait:  # one that asks for more is given up, which holds nobody else up
+            pause.begin(asked)
+        return max(backoff(state), asked)
 
     def final(state: tenacity.RetryCallState) -> bool:
         return state.attempt_number >= endpoint.tries or state.outcome.exception().wait > endpoint.longest_wait
 
-    return tenacity.Retrying(stop=final, wait=wait, sleep=sleep, reraise=True,
+    return tenacity.Retrying(stop=final, wait=wait, sleep=sleep, reraise=True, before=lambda state: pause.keep(sleep),
                              retry=tenacity.retry_if_exception_type(_TryAgain))
 
 # %% ../../nbs/judges/00_llm_client.ipynb #c020
@@ -258,17 +270,21 @@ def is_settled(known: Answer, form: Form, usable: Callable[[Answer], bool]) -> b
     return known.limit >= (form.most if known.finish else form.limit)
 
 # %% ../../nbs/judges/00_llm_client.ipynb #c025
+_LEARNING = threading.Lock()
+
+
 def ask(client: httpx2.Client, endpoint: Endpoint, ledger: Ledger, messages: Messages, *, cap: float = math.inf,
         repeat: int = 0, sleep: Callable[[float], None] = time.sleep, form: Form | None = None,
-        usable: Callable[[Answer], bool] = lambda answer: True) -> Answer:
+        usable: Callable[[Answer], bool] = lambda answer: True, pause: Pause | None = None) -> Answer:
     """The model's answer to `messages`, from the ledger where it is known.
 
     cap: US dollars that the ledger's calls may cost together, failed tries at their highest price (a server may bill
     what it did not deliver). Failures are not stored. form: what is known of the endpoint; it learns here. usable: an
-    answer that was cut and is not usable is asked for once more, with the form's highest limit. Raises RuntimeError
-    when the endpoint refuses every question.
+    answer that was cut and is not usable is asked for once more, with the form's highest limit. pause: what
+    calls of other threads share. Raises RuntimeError when the endpoint refuses every question.
     """
-    form, key, calls, reason = form or Form.of(endpoint), Ledger.key(endpoint, messages, repeat), [], ""
+    form, pause, calls, reason = form or Form.of(endpoint), pause or Pause(), [], ""
+    key = Ledger.key(endpoint, messages, repeat)
     found = ledger.known(key)
     if found and is_settled(found, form, usable):
         form.limit = max(form.limit, min(found.limit, form.most))  # a limit that was raised before stays raised
@@ -277,13 +293,16 @@ def ask(client: httpx2.Client, endpoint: Endpoint, ledger: Ledger, messages: Mes
     while limit:
         body = request_body(endpoint, messages, repeat, form, limit)
         try:
-            text, finish = _retrying(endpoint, sleep)(_once, client, endpoint, ledger, body, limit, cap, calls)
+            text, finish = _retrying(endpoint, sleep, pause)(_once, client, endpoint, ledger, body, limit, cap, calls)
             found, reason = Answer(text, tries=len(calls), finish=finish, limit=limit), ""
             ledger.store(key, endpoint.model, text, finish, limit)
-            limit = raise_limit(form, limit) if finish == "length" and not usable(found) else 0
+            with _LEARNING:
+                limit = raise_limit(form, limit) if finish == "length" and not usable(found) else 0
         except _Refused as error:
             reason = f"failed: {error} ({len(calls)} tries)"
-            limit = after_refusal(form, body, error.content, endpoint, limit)
+            with _LEARNING:  # of those that are refused at once one learns; the others ask again as it found
+                if request_body(endpoint, messages, repeat, form, limit) == body:
+                    limit = after_refusal(form, body, error.content, endpoint, limit)
             limit = limit if not found or limit > found.limit else 0
         except _TryAgain as error:
             reason, limit = f"failed: {error} ({len(calls)} tries)", 0

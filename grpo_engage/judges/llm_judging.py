@@ -175,14 +175,16 @@ def _say_missing(reasons: pd.Series, learned: list[str]) -> None:
 
 # %% ../../nbs/judges/03_llm_judging.ipynb #c010
 def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", limit: int = 20, repeats: int = 2,
-              injected: int = 2, max_cost: float = math.inf, seed: int = 0, client: httpx2.Client | None = None,
+              injected: int = 2, max_cost: float = math.inf, seed: int = 0, concurrency: int = 8,
+              client: httpx2.Client | None = None,
               sleep: Callable[[float], None] = time.sleep) -> dict[str, pd.DataFrame]:
     """Judge a finished run's test replies; writes and returns pairwise, absolute, agreement, flips and summary.
 
     limit: pairs of each arm. repeats: how often each question is asked. injected: pairs that the injection suite is
     tried on (0: none). max_cost: US dollars over all judging of this run; needed for an address that is not this
-    machine (ValueError). Prints the estimate before the first call. Files: run_dir/evaluation/llm_judge/<model>/.
-    Raises RuntimeError, which says why, when there is no verdict at all; what was answered is kept.
+    machine (ValueError). concurrency: calls at a time, 1 to 64; the files are the same. Prints the estimate before the
+    first call. Files: run_dir/evaluation/llm_judge/<model>/. Raises RuntimeError, which says why, when there is no
+    verdict at all; what was answered is kept.
     """
     if not endpoint.is_local and not math.isfinite(max_cost):
         raise ValueError("max_cost is needed for an address that is not this machine: the most US dollars to spend")
@@ -195,10 +197,11 @@ def judge_run(run_dir: Path, endpoint: Endpoint, *, versus: str = "baseline", li
     root = run_dir / "evaluation" / "llm_judge"
     folder = root / re.sub(r"[^A-Za-z0-9._-]+", "-", endpoint.model).strip(".-")
     parameters = asdict(endpoint) | {"versus": versus, "limit": limit, "repeats": repeats, "injected": injected,
-                                     "max_cost": max_cost, "seed": seed}
+                                     "max_cost": max_cost, "seed": seed,
+                                     "concurrency": concurrency}
     inputs = [run_dir / "evaluation" / "generations.parquet", run_dir / "data" / "pairs.parquet"]
     with closing(Ledger(root / "answers.sqlite")) as ledger:
-        judge = LlmJudge(endpoint, ledger, max_cost=max_cost, client=client, sleep=sleep)
+        judge = LlmJudge(endpoint, ledger, max_cost=max_cost, client=client, sleep=sleep, concurrency=concurrency)
         expected = judge.estimate(_questions(pairs, shown, tried, repeats))
         _say_estimate(endpoint, expected, max_cost)
         with stage_manifest(folder, "llm_judge", parameters, inputs) as manifest:

@@ -157,13 +157,15 @@ def stage_seconds(run: Run) -> dict[str, float]:
 
 
 def hardware(run: Run) -> str:
-    """The machines that the stages ran on, in words."""
-    kinds = []
+    """The machines that the stages ran on, in words. What GPUs there are, only stages that use torch have looked."""
+    kinds: dict[str, dict[str, None]] = {}
     for facts in run.manifests.values():
         machine = facts["hardware"]
-        gpus = ", ".join(machine.get("gpus") or []) or "no GPU"
-        kinds.append(f"{machine.get('system')} {machine.get('machine')}, {machine.get('cpu_count')} CPU cores, {gpus}")
-    return "; ".join(dict.fromkeys(kinds))
+        name = f"{machine.get('system')} {machine.get('machine')}, {machine.get('cpu_count')} CPU cores"
+        found = kinds.setdefault(name, {})
+        if machine.get("gpus") is not None:
+            found[", ".join(machine["gpus"]) or "no GPU"] = None
+    return "; ".join(f"{name}, {gpus}" for name, found in kinds.items() for gpus in found or ["no GPU"])
 
 
 def training_cost(run: Run, arm: str, usd_per_hour: float) -> tuple[float, float]:

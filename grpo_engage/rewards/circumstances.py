@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import statsmodels.api as sm
 
 from .conditional_poisson import conditional_poisson
 from .text_columns import text_columns
@@ -140,7 +139,9 @@ def _fixed_effects(values: np.ndarray, columns: pd.DataFrame, posts: pd.Series, 
 
 def _dispersion(counts: np.ndarray, expected: np.ndarray) -> float:
     """Moment estimate of alpha in the variance mu + alpha mu² (Cameron and Trivedi 1990), at least 1e-4."""
-    slope = sm.OLS(((counts - expected) ** 2 - counts) / expected, expected).fit().params[0]
+    from statsmodels.regression.linear_model import OLS  # a second to import; most labels need none of it
+
+    slope = OLS(((counts - expected) ** 2 - counts) / expected, expected).fit().params[0]
     return max(float(slope), 1e-4)
 
 

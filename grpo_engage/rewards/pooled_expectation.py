@@ -11,15 +11,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-import statsmodels.api as sm
-from statsmodels.discrete.discrete_model import NegativeBinomial
-from statsmodels.tools.sm_exceptions import ConvergenceWarning, HessianInversionWarning
 
 from .circumstances import covariates, design_matrix, engagement
 
 # %% ../../nbs/rewards/14_pooled_expectation.ipynb #c005
 def _negative_binomial(counts: np.ndarray, regressors: pd.DataFrame) -> tuple[np.ndarray, float, str]:
     """Coefficients, dispersion alpha and the name of the method; RuntimeError when neither way converges."""
+    # here: a second to import, and only labels with control=residual are made so
+    import statsmodels.api as sm
+    from statsmodels.discrete.discrete_model import NegativeBinomial
+    from statsmodels.tools.sm_exceptions import ConvergenceWarning, HessianInversionWarning
+
     # statsmodels' own start overflows on heavy tails (a maximum of thousands of likes); a GLM with alpha = 1 does not.
     start = sm.GLM(counts, regressors, family=sm.families.NegativeBinomial(alpha=1.0)).fit(maxiter=200)
     try:

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import pandas as pd
-
 from ..base.core import REPO_ROOT, read_json, say, write_json
 from ..base.environment import own_environment, refuse_launcher
 from ..base.processes import end_with
@@ -34,6 +32,7 @@ from grpo_engage.run.graph import (
     say_changes,
     stage_folder,
 )
+from .listing import as_table, pass_at_10
 from .runner import LIBRARIES, failure_message, listed_verdicts, run_stage, snakemake
 from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
 
@@ -93,9 +92,7 @@ def run_status(run_dir: Path) -> dict:
            "minutes": round(sum(record.get("wall_seconds", 0) for record in records) / 60, 1)}
     row |= listed_verdicts(run_dir)
     if (metrics := run_dir / "evaluation" / "metrics.csv").exists():
-        table = pd.read_csv(metrics)
-        row |= {f"pass@10 {arm}": round(group.value.mean(), 3)
-                for arm, group in table[table.metric == "pass@10"].groupby("arm", sort=False)}
+        row |= pass_at_10(metrics)
     return row
 
 # %% ../../nbs/run/02_cli.ipynb #c017
@@ -212,7 +209,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _list(args: argparse.Namespace) -> int:
     rows = [run_status(path) for path in sorted(run_folder("x").parent.glob("*")) if path.is_dir()]
-    print(pd.DataFrame(rows).to_string(index=False, na_rep="") if rows else f"no runs yet in {run_folder('x').parent}")
+    print(as_table(rows) if rows else f"no runs yet in {run_folder('x').parent}")
     return 0
 
 
@@ -225,7 +222,7 @@ def _judge(args: argparse.Namespace) -> int:
     endpoint = Endpoint(*(getattr(args, name) for name in (
         "url", "model", "key_variable", "price_in", "price_out", "max_tokens", "timeout")))
     tables = judge_run(folder, endpoint, **{name: getattr(args, name) for name in (
-        "versus", "limit", "repeats", "injected", "max_cost")})
+        "versus", "limit", "repeats", "injected", "max_cost", "concurrency")})
     for name in ("summary", "agreement", "flips"):
         print(f"{name}\n{tables[name].round(3).to_string(index=False, na_rep='', max_colwidth=60)}")
     return 0
@@ -292,6 +289,7 @@ def _parser() -> argparse.ArgumentParser:
             ("key-variable", str, "GRPO_ENGAGE_JUDGE_KEY", "environment variable that holds the key"),
             ("max-tokens", int, 1024, "of an answer with its thoughts; raised once where a verdict is cut off"),
             ("timeout", float, 120.0, "seconds for a call"), ("limit", int, 20, "pairs of each arm"),
+            ("concurrency", int, 8, "calls at a time"),
             ("repeats", int, 2, "how often each question is asked"), ("versus", str, "baseline", "the rival"),
             ("injected", int, 2, "pairs on which hidden orders are tried")):
         judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)

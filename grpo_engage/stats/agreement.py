@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import cohen_kappa_score
-from statsmodels.stats.proportion import proportion_confint
 
 from .intervals import expanded_level
 
@@ -50,6 +48,8 @@ def agreement(first: Sequence[Hashable], second: Sequence[Hashable], posts: Sequ
     give one and the same label throughout; its interval also with one post, or when more than a tenth of the resampled
     sets are like that.
     """
+    from sklearn.metrics import cohen_kappa_score  # here: a second to import
+
     table = pd.DataFrame({"first": list(first), "second": list(second), "post": list(posts)}).dropna()
     n, share = len(table), float((table["first"] == table["second"]).mean()) if len(table) else math.nan
     names = sorted(set(table["first"]) | set(table["second"]))
@@ -80,6 +80,8 @@ def share_over_posts(values: Sequence[float], posts: Sequence) -> tuple[float, f
     Clopper and Pearson 1934 (Biometrika 26:404) with posts as the trials; the values of one post count as one. NaN
     values are left out; all NaN without any. Raises ValueError outside [0, 1].
     """
+    from statsmodels.stats.proportion import proportion_confint
+
     table = pd.DataFrame({"value": np.asarray(values, dtype=float), "post": list(posts)}).dropna()
     if not table["value"].between(0, 1).all():
         raise ValueError("share_over_posts: values must lie in [0, 1]")

