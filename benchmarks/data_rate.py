@@ -5,7 +5,7 @@
 Makes FOLDER/pairs_ROWS.jsonl from the simulator's texts (`write_lines`), unless it is there already. Then, each in a
 process of its own, so that memory is its own too: `data_stage`, as `make run` calls it, with the seconds of its parts;
 `read_tables` alone; and `pandas.read_json(lines=True)` on the lines that pandas can read at all (it raises at the first
-broken one), which checks, splits and writes nothing. Appends one row to the table for each of the three: rows, seconds
+broken one), which checks, splits and writes nothing. Writes one row of the table for each of the three: rows, seconds
 of CPU (user and system), rows a second, peak memory in MB (`ru_maxrss` of the whole process), rows accepted, rejected.
 Seconds are of the processor, since a clock on the wall times what else the machine does.
 """
