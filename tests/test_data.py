@@ -1,6 +1,7 @@
 """Reading, splitting and the data stage: bad input, and invariants checked by other means than the code's own."""
 
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -19,10 +20,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.neighbors import NearestNeighbors
 
-from grpo_engage.base.core import SPLITS, read_json
+from grpo_engage.base.core import REPO_ROOT, SPLITS, read_json
+from grpo_engage.data import near_pairs, reading, rows, splitting
 from grpo_engage.data import pairs as data
-from grpo_engage.data import reading, rows, splitting
 from grpo_engage.data.gold import gold_appeal
 from grpo_engage.data.pairs import data_stage, load_pairs
 from grpo_engage.data.reading import read_pairs
@@ -537,6 +539,53 @@ def test_near_copies_agree_with_brute_force(pairs):
                 if similar[i, j] >= 0.75 and posts.split[i] != posts.split[j]}  # fmt: skip
     assert expected and set(zip(found.row_a, found.row_b, strict=True)) == expected
     assert (found.kind == "tweet").all() and found.similarity.between(0.7499, 1).all()
+
+
+@pytest.mark.parametrize(("crowd", "threshold"), [(2000, 0.6), (60, 0.6), (60, 0.75)])
+def test_similar_pairs_are_those_of_brute_force(crowd, threshold):
+    """Every pair and its similarity, by another library's search; also where all n-grams of heads are crowded, as long
+    as the copies lie within half a crowd of each other."""
+    rng = np.random.default_rng(crowd)
+    words = np.array([a + b + c for a in "bdfgklm" for b in "aeiou" for c in ("n", "rst", "l", "ck")])
+    texts = []
+    for _ in range(150):
+        base = rng.choice(words, size=9)
+        for _ in range(rng.integers(1, 4)):
+            texts.append(" ".join(np.where(rng.random(9) < 0.15, rng.choice(words, size=9), base)))
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), dtype=np.float32).fit_transform(texts)
+    distances, others = NearestNeighbors(radius=1 - threshold + 1e-6, metric="cosine").fit(vectors).radius_neighbors()
+    expected = {(i, int(j)): round(1 - float(d), 4) for i, (near, js) in enumerate(zip(distances, others, strict=True))
+                for d, j in zip(near, js, strict=True) if i < j and (crowd > len(texts) or j - i < crowd // 2)}
+    found = near_pairs.similar_pairs(texts, threshold, crowd=crowd)
+    assert len(expected) > 30
+    got = {(row.left, row.right): row.similarity for row in found.itertuples()}
+    assert {pair: got.get(pair) for pair in expected} == pytest.approx(expected, abs=1.1e-4)
+    assert crowd < len(texts) or got.keys() == expected.keys()
+
+
+def test_time_and_memory_grow_with_the_rows(tmp_path):
+    """Four times the rows: about four times the processor's time (a square would be sixteen), and few bytes a row."""
+    code = (
+        "import resource, sys, time; from pathlib import Path; import numpy as np, pandas as pd\n"
+        "from grpo_engage.data.reading import read_tables; from grpo_engage.data.splitting import *\n"
+        "def work(path):\n"
+        "    start = time.process_time(); accepted, rejected = read_tables(path).tables()\n"
+        "    copies = near_copies(split_conversations(accepted)); rejected.to_csv(path + '.csv')\n"
+        "    return time.process_time() - start, len(accepted), len(rejected)\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "work(sys.argv[1]); small, before = work(sys.argv[1]), peak(); large = work(sys.argv[2])\n"
+        "print(small[0], large[0], large[1], large[2], (peak() - before) * 1024 / (large[1] + large[2]))"
+    )
+    spec = importlib.util.spec_from_file_location("data_rate", REPO_ROOT / "benchmarks" / "data_rate.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    benchmark.CONVERSATIONS = 300
+    paths = [str(benchmark.write_lines(tmp_path, rows, 0, 0.05)[0]) for rows in (5000, 20_000)]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    small, large, accepted, rejected, bytes_a_row = map(float, done.stdout.split())
+    assert accepted + rejected == 20_000 and 600 < rejected < 1400
+    assert large / small < 9, f"{small:.2f} s for 5,000 rows, {large:.2f} s for 20,000"
+    assert bytes_a_row < 12_000  # the blocks that are worked on at once weigh more than so few rows
 
 
 def test_copied_replies_across_splits_only():

@@ -677,3 +677,25 @@ def test_each_arm_has_its_temperature_from_validation_and_the_mark_the_baselines
     assert lead["value"] == primary["difference"].item() and "temperature" in lead["reason"]
     assert (folder / "figures" / "frontier.pdf").exists()
     assert set(pd.read_csv(folder / "pass_rule.csv")["rule"]) == {"relative"}  # no gold here
+
+
+def test_each_different_pair_is_scored_once_and_the_scores_are_the_same():
+    """Every scorer and the truth; replies of several arms and samples that say the same."""
+    rng, asked = np.random.default_rng(1), []
+
+    def counting(post_texts, texts):
+        asked.append(len(texts))
+        assert len(set(zip(post_texts, texts, strict=True))) == len(texts)
+        return share_of_the_post(post_texts, texts)
+
+    posts = pd.DataFrame({"post": ["p", "q"], "tweet": ["tram late again", "bridge opens 🌉"],
+                          "replies": [["tram late", "no", "why"], ["bridge opens 🌉", "so what"]]})
+    said = np.array(["tram", "bridge opens 🌉", "no", "https://x.example/a idiot", ""])
+    made = pd.DataFrame({"post": rng.choice(["p", "q"], 60), "arm": rng.choice(["a", "b"], 60),
+                         "text": rng.choice(said, 60), "sample": 0})
+    scored = scoring.score_replies(made, posts, {"judge": (counting, scoring.beat_fraction)}, counting, ["so what"])
+    assert asked == [5, 10, 10]
+    for place in range(60):
+        alone = scoring.score_replies(made.iloc[[place]], posts, {"judge": (share_of_the_post, scoring.beat_fraction)},
+                                      share_of_the_post, ["so what"])
+        pd.testing.assert_frame_equal(scored.iloc[[place]].reset_index(drop=True), alone, check_exact=True)

@@ -15,8 +15,9 @@ import pandas as pd
 from ..base.core import child_seed, say, stage_manifest, write_csv, write_parquet
 from ..base.plots import savefig, style
 from ..base.storage import whole_path
+from .pair_tables import PairTables
 from .reading import read_tables
-from .rows import NUMBER_FIELDS, PairTables, derive_conversation_id
+from .rows import NUMBER_FIELDS, derive_conversation_id
 from .settings import DataSettings
 from .simulator import World, simulate_pairs
 from .splitting import check_fractions, near_copies, split_conversations
@@ -35,6 +36,8 @@ def sample_conversations(
     """Whole conversations with at least `min_replies_per_post` pairs, in a random order fixed by `seed` and their ids,
     as many as stay within both limits (0: no limit). The rows keep their order."""
     sizes = pairs.groupby("conversation_id").size()
+    if not (max_conversations or max_examples) and sizes.min() >= min_replies_per_post:
+        return pairs  # of a large file a copy would be a large copy
     sizes = sizes[sizes >= min_replies_per_post]
     order = sorted(sizes.index, key=lambda name: (child_seed(seed, "sample", name), name))
     if max_conversations:

@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 from ..base.storage import whole_path
 from .csv_records import TextLines, delimiter_of, next_record, read_records
 from .lines import MAX_LINE_BYTES, byte_lines, not_utf8, open_bytes
+from .pair_tables import PairTables
 from grpo_engage.data.rows import (
     NUMBER_FIELDS,
     OPTIONAL_FIELDS,
     REQUIRED_FIELDS,
     TEXT_FIELDS,
-    PairTables,
     RowError,
     excerpt,
     parse_json,

@@ -6,7 +6,7 @@
 __all__ = ['TEXT_FIELDS', 'COUNT_FIELDS', 'DELAY_FIELD', 'NUMBER_FIELDS', 'REQUIRED_FIELDS', 'OPTIONAL_FIELDS', 'PAIR_COLUMNS',
            'MAX_TEXT_CHARACTERS', 'MAX_COUNT', 'MAX_DELAY_SECONDS', 'MAX_ID_CHARACTERS', 'MAX_META_CHARACTERS',
            'RowError', 'excerpt', 'parse_number', 'parse_text', 'parse_identifier', 'unescape_once', 'undo_misreading',
-           'mend', 'parse_json', 'parse_meta', 'derive_conversation_id', 'parse_row', 'rounded_ids', 'PairTables']
+           'mend', 'parse_json', 'parse_meta', 'derive_conversation_id', 'parse_row']
 
 # %% ../../nbs/data/03_rows.ipynb #c002
 import hashlib
@@ -16,11 +16,8 @@ import math
 import re
 import reprlib
 import unicodedata
-from collections import Counter
 from html.entities import html5
 from typing import Any
-
-import pandas as pd
 
 # %% ../../nbs/data/03_rows.ipynb #c005
 TEXT_FIELDS = ("tweet", "reply")
@@ -29,6 +26,7 @@ DELAY_FIELD = "reply_time_diff_seconds"
 NUMBER_FIELDS = (*COUNT_FIELDS, DELAY_FIELD)
 REQUIRED_FIELDS = (*TEXT_FIELDS, *NUMBER_FIELDS)
 OPTIONAL_FIELDS = ("conversation_id", "reply_id", "source", "meta")
+_REQUIRED = frozenset(REQUIRED_FIELDS)
 PAIR_COLUMNS = ("row", "conversation_id", "reply_id", *REQUIRED_FIELDS, "source", "meta")
 
 MAX_TEXT_CHARACTERS = 40_000  # the longest post of any large platform (Reddit); X allows 25,000
@@ -47,6 +45,8 @@ def excerpt(value: Any, limit: int = 80) -> str:
     if isinstance(value, bytes):
         value = value[: 4 * limit].decode("utf-8", "backslashreplace")
     text = value if isinstance(value, str) else reprlib.repr(value)  # reprlib: bounded in depth and length
+    if text[: limit + 1].isprintable():
+        return text if len(text) <= limit else text[: limit - 1] + "…"
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
@@ -61,6 +61,8 @@ def _kind(value: Any) -> str:
 
 def parse_number(field: str, value: Any, from_text: bool = False) -> float:
     """A count or a delay as float, NaN for null; `from_text`: CSV, where an empty cell is null. RowError otherwise."""
+    if type(value) is int and 0 <= value <= MAX_DELAY_SECONDS:  # nearly every number is one; `bool` is another type
+        return float(value)
     if from_text and isinstance(value, str):
         text = value.strip()
         if text and not _NUMBER.fullmatch(text) and text.lower().lstrip("+-") not in ("nan", "inf", "infinity"):
@@ -83,6 +85,8 @@ def parse_number(field: str, value: Any, from_text: bool = False) -> float:
 
 # %% ../../nbs/data/03_rows.ipynb #c013
 def _storable(field: str, value: str) -> str:
+    if value.isascii() and "\0" not in value:
+        return value
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -101,7 +105,7 @@ def parse_text(field: str, value: Any) -> str:
         raise RowError(f"{field} must be a string, not {_kind(value)}")
     if len(value) > MAX_TEXT_CHARACTERS:
         raise RowError(f"{field} has {len(value):,} characters, the limit is {MAX_TEXT_CHARACTERS:,}: {excerpt(value)}")
-    if not any(c.isprintable() and not c.isspace() for c in value):
+    if not value[:1].isalnum() and not any(c.isprintable() and not c.isspace() for c in value):
         raise RowError(f"{field} is empty or has only invisible characters: {excerpt(ascii(value))}")
     return _storable(field, value)
 
@@ -120,11 +124,13 @@ def parse_identifier(field: str, value: Any) -> str | None:
     """An optional name (`conversation_id`, `reply_id`, `source`) as text; null and a blank CSV cell are None."""
     if value is None:
         return None
-    if field.endswith("_id") and isinstance(value, str) and _ROUNDED_ID.fullmatch(value.strip()):
-        raise _rounded(field, value)
+    if type(value) is str and value[:1].isalpha() and value.isalnum() and value.isascii() and len(value) < 64:
+        return value  # the usual name, at a glance
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RowError(f"{field} must be a string, not {_kind(value)}")
     text = (value if isinstance(value, str) else str(value)).strip()
+    if text[:1].isdigit() and field.endswith("_id") and not text.isdigit() and _ROUNDED_ID.fullmatch(text):
+        raise _rounded(field, value)
     if not text or len(text) > MAX_ID_CHARACTERS:
         raise RowError(f"{field} has {len(text):,} characters, allowed are 1 to {MAX_ID_CHARACTERS:,}: {excerpt(text)}")
     return _storable(field, text)
@@ -149,6 +155,7 @@ _BYTE_OF = {code: code for code in range(256)} | {ord(bytes([b]).decode("cp1252"
                                                  if b not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)}  # fmt: skip
 _CONTINUATION = "[" + "".join(re.escape(chr(code)) for code, byte in _BYTE_OF.items() if 0x80 <= byte < 0xC0) + "]"
 _CERTAIN = "â[€\x80]|ð[Ÿ\x9f]"  # nobody writes these
+_SUSPECTS = re.compile("[âðÂÃÐÑ]")  # no misreading without one of them; ten times as fast to look for
 _MISREAD = re.compile(f"{_CERTAIN}|(?<![A-ZÀ-Þ])[ÂÃ]{_CONTINUATION}|(?:[ÐÑ]{_CONTINUATION}){{2}}")
 
 
@@ -157,7 +164,7 @@ def undo_misreading(field: str, text: str) -> str:
 
     RowError where some of it was, but not all of it can be turned back.
     """
-    if text.isascii() or not _MISREAD.search(text):
+    if text.isascii() or not _SUSPECTS.search(text) or not _MISREAD.search(text):
         return text
     try:
         return undo_misreading(field, bytes(_BYTE_OF[ord(c)] for c in text).decode("utf-8"))
@@ -176,9 +183,11 @@ def mend(record: Any) -> tuple[Any, list[str]]:
 
     RowError where a text is damaged and it is not certain how. Values of the wrong type are left to `parse_row`.
     """
-    texts = [field for field in TEXT_FIELDS if isinstance(record, dict) and isinstance(record.get(field), str)]
-    names = set()
-    for field in texts:
+    names: set[str] = set()
+    for field in TEXT_FIELDS if isinstance(record, dict) else ():
+        text = record.get(field)
+        if not isinstance(text, str) or (text.isascii() and "&" not in text):  # nothing that could be undone
+            continue
         for name, undo in _MENDERS.items():
             after = undo(field, record[field])
             if after != record[field]:
@@ -195,10 +204,13 @@ def _unique_keys(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)  # json.loads would make one for each line
+
+
 def parse_json(text: str, what: str = "the line") -> Any:
     """json.loads with every way in which it can fail turned into a RowError."""
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
+        return json.loads(text) if text.startswith("\ufeff") else _DECODER.decode(text)  # the former raises
     except RowError:
         raise
     except json.JSONDecodeError as error:
@@ -207,6 +219,9 @@ def parse_json(text: str, what: str = "the line") -> Any:
         raise RowError(f"{what} is nested too deeply or holds an endless number: {excerpt(str(error))}") from None
 
 # %% ../../nbs/data/03_rows.ipynb #c016
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False)
+
+
 def parse_meta(value: Any) -> str:
     """`meta` (an object, JSON text of one, or null) as JSON text with sorted keys; '{}' for null."""
     if isinstance(value, str):
@@ -216,7 +231,7 @@ def parse_meta(value: Any) -> str:
     if not isinstance(value, dict):
         raise RowError(f"meta must be an object, not {_kind(value)}")
     try:
-        text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = _ENCODER.encode(value)
         text.encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         raise RowError(f"meta cannot be kept as JSON: {excerpt(str(error))}") from None
@@ -235,76 +250,15 @@ def parse_row(number: int, record: Any, from_text: bool = False) -> dict[str, An
     """One row's fields, checked and typed, as a dict with the keys PAIR_COLUMNS. Raises RowError with the reason."""
     if not isinstance(record, dict):
         raise RowError(f"a row must be an object with named fields, not {_kind(record)}")
-    missing = [field for field in REQUIRED_FIELDS if field not in record]
-    if missing:
+    if not record.keys() >= _REQUIRED:
+        missing = [field for field in REQUIRED_FIELDS if field not in record]
         raise RowError(f"missing field {', '.join(missing)} (numbers that a platform lacks are written as null)")
-    blank_is_null = {f: None if from_text and not (record.get(f) or "").strip() else record.get(f)
-                     for f in OPTIONAL_FIELDS}  # fmt: skip
-    row: dict[str, Any] = {"row": number}
-    row |= {field: parse_text(field, record[field]) for field in TEXT_FIELDS}
-    row |= {field: parse_number(field, record[field], from_text) for field in NUMBER_FIELDS}
-    row |= {field: parse_identifier(field, blank_is_null[field]) for field in OPTIONAL_FIELDS[:3]}
-    row["conversation_id"] = row["conversation_id"] or derive_conversation_id(row["tweet"])
-    row["reply_id"] = row["reply_id"] or f"row-{number}"
-    row["source"] = row["source"] or "unknown"
-    row["meta"] = parse_meta(blank_is_null["meta"])
-    return row
-
-# %% ../../nbs/data/03_rows.ipynb #c023
-def rounded_ids(ids: pd.Series) -> pd.Series:
-    """For each id whether it is of a column of long numbers that were rounded, and shows it: (n,), bool."""
-    long = ids.str.fullmatch("[0-9]{16,25}")
-    distinct = ids[long].drop_duplicates()
-    zeros = distinct.str.len() - distinct.str.rstrip("0").str.len()
-    return long & ids.str.endswith("0") & bool(zeros.sum() >= 12 and zeros.gt(0).mean() >= 0.95)
-
-# %% ../../nbs/data/03_rows.ipynb #c023-2
-class PairTables:
-    """Gathers `accepted` and `rejected`; each call of `add` or `reject` accounts for exactly one row of the file.
-
-    `line`: where the row begins, for a format in which that is not its number. `mended`: rows by what was undone.
-    """
-
-    def __init__(self, rows_per_chunk: int = 10_000):
-        self._rows_per_chunk, self._rows, self._chunks = rows_per_chunk, [], []
-        self._first_row: dict[str, int] = {}
-        self._rejected: list[tuple[int, str, str]] = []
-        self.mended: Counter[str] = Counter()
-
-    def add(self, number: int, record: Any, raw: Any, from_text: bool = False, line: int = 0) -> None:
-        """Mend and check one record; it is accepted, or rejected with the reason and an excerpt of `raw`."""
-        try:
-            record, mended = mend(record)
-            row = parse_row(number, record, from_text)
-            first = self._first_row.setdefault(row["reply_id"], number)
-            if first != number:
-                raise RowError(f"reply_id {excerpt(row['reply_id'])} is the same as in row {first}")
-        except RowError as error:
-            return self.reject(number, str(error), raw, line)
-        self.mended.update(mended)
-        self._rows.append(row | {"line": line})
-        if len(self._rows) >= self._rows_per_chunk:
-            self._flush()
-
-    def reject(self, number: int, reason: str, raw: Any, line: int = 0) -> None:
-        self._rejected.append((number, f"line {line}: {reason}" if line else reason, excerpt(raw)))
-
-    def _flush(self) -> None:
-        texts = [name for name in PAIR_COLUMNS if name != "row" and name not in NUMBER_FIELDS]
-        types = dict.fromkeys(texts, "str") | dict.fromkeys(NUMBER_FIELDS, "float64")
-        types |= dict.fromkeys(("row", "line"), "int64")
-        self._chunks.append(pd.DataFrame(self._rows, columns=[*PAIR_COLUMNS, "line"]).astype(types))
-        self._rows = []
-
-    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        self._flush()
-        accepted = pd.concat(self._chunks, ignore_index=True)
-        for field in ("conversation_id", "reply_id"):
-            rounded = rounded_ids(accepted[field])
-            for row in accepted[rounded].itertuples():
-                self.reject(row.row, str(_rounded(field, getattr(row, field))), row.reply, row.line)
-            accepted = accepted[~rounded]
-        self._chunks = [accepted.reset_index(drop=True)]
-        rejected = pd.DataFrame(sorted(self._rejected), columns=["row", "reason", "excerpt"])
-        types = {"row": "int64", "reason": "str", "excerpt": "str"}
-        return self._chunks[0].drop(columns="line"), rejected.astype(types)
+    given = [record.get(field) for field in OPTIONAL_FIELDS]
+    if from_text:
+        given = [value if (value or "").strip() else None for value in given]
+    texts = {field: parse_text(field, record[field]) for field in TEXT_FIELDS}
+    numbers = {field: parse_number(field, record[field], from_text) for field in NUMBER_FIELDS}
+    conversation, reply, source = map(parse_identifier, OPTIONAL_FIELDS[:3], given[:3])
+    return {"row": number, "conversation_id": conversation or derive_conversation_id(texts["tweet"]),
+            "reply_id": reply or f"row-{number}", **texts, **numbers, "source": source or "unknown",
+            "meta": parse_meta(given[3])}  # fmt: skip

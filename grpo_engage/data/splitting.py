@@ -21,7 +21,9 @@ _LINK = re.compile(r"(?:https?://|www\.)\S+")
 
 def normalise_text(text: str) -> str:
     """`text` less what varies between copies: links, handles, letter case, width forms (Unicode NFKC), white space."""
-    plain = re.sub(r"@\w+", "@", _LINK.sub(" ", unicodedata.normalize("NFKC", text).casefold()))
+    plain = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    plain = _LINK.sub(" ", plain) if "http" in plain or "www." in plain else plain  # most texts have neither
+    plain = re.sub(r"@\w+", "@", plain) if "@" in plain else plain
     return " ".join(plain.split()) or " ".join(text.split())  # a post that is a link alone keeps it
 
 
@@ -115,25 +117,16 @@ def split_conversations(
 
 # %% ../../nbs/data/05_splitting.ipynb #c015-1
 def _near_copied_posts(pairs: pd.DataFrame, threshold: float, keep: list[str]) -> pd.DataFrame:
-    # a second to import, and reading pairs needs neither
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.neighbors import NearestNeighbors
+    from grpo_engage.data.near_pairs import similar_pairs  # scikit-learn: a second to import, and reading needs none
 
-    posts = pairs.sort_values("row").assign(text=lambda p: p.tweet.map(normalise_text))
-    posts = posts.drop_duplicates(["text", "split"], ignore_index=True)
+    posts = pairs[["tweet", *keep]].sort_values("row").drop_duplicates(["tweet", "split"])
+    posts = posts.assign(text=posts.tweet.map(normalise_text)).drop_duplicates(["text", "split"], ignore_index=True)
     if len(posts) < 2:
         return pd.DataFrame()
-    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), dtype=np.float32).fit_transform(posts.text)
-    neighbours = NearestNeighbors(radius=1 - threshold + 1e-6, metric="cosine").fit(vectors)
-    distances, others = neighbours.radius_neighbors(vectors)
-    left = np.repeat(np.arange(len(posts)), [len(row) for row in others])
-    found = pd.DataFrame({"left": left, "right": np.concatenate(others), "similarity": 1 - np.concatenate(distances)})
-    found = found[found.left < found.right]
+    found = similar_pairs(posts.text.tolist(), threshold, pd.factorize(posts.split)[0])
     sides = [posts.loc[found[side], keep].add_suffix(f"_{name}").reset_index(drop=True)
              for side, name in (("left", "a"), ("right", "b"))]  # fmt: skip
-    found = pd.concat([found.reset_index(drop=True), *sides], axis=1)
-    found["similarity"] = found.similarity.astype(float).clip(upper=1.0).round(4)
-    return found[found.split_a != found.split_b].assign(kind="tweet")
+    return pd.concat([found, *sides], axis=1).assign(kind="tweet")
 
 # %% ../../nbs/data/05_splitting.ipynb #c015-3
 # Two characters of Thai, Lao, Burmese, Khmer, Japanese or Chinese, which write no spaces, count as one word.
@@ -141,10 +134,12 @@ _WORDS = re.compile(r"[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u340
 
 
 def _copied_replies(pairs: pd.DataFrame, min_words: int, keep: list[str]) -> pd.DataFrame:
-    replies = pairs.sort_values("row").assign(text=lambda p: p.reply.map(normalise_text))
-    n_words = replies.text.map(lambda text: len(_WORDS.findall(text)))
-    replies = replies[n_words >= min_words].drop_duplicates(["text", "split"])
-    both = replies[["text", *keep]].merge(replies[["text", *keep]], on="text", suffixes=("_a", "_b"))
+    replies = pairs[["reply", *keep]].sort_values("row").drop_duplicates(["reply", "split"])
+    replies = replies.assign(text=replies.reply.map(normalise_text))[["text", *keep]]
+    replies = replies.drop_duplicates(["text", "split"])
+    replies = replies[replies.text.duplicated(keep=False)]  # the words of the few that are left are counted
+    replies = replies[np.array([len(_WORDS.findall(text)) >= min_words for text in replies.text], dtype=bool)]
+    both = replies.merge(replies, on="text", suffixes=("_a", "_b"))
     return both[both.row_a < both.row_b].assign(kind="reply", similarity=1.0)
 
 # %% ../../nbs/data/05_splitting.ipynb #c015
@@ -152,7 +147,8 @@ def near_copies(pairs: pd.DataFrame, threshold: float = 0.8, min_words: int = 5)
     """Near-copies of a post (cosine in [`threshold`, 1]) or a reply (equal after normalise_text) in different splits.
 
     `pairs` needs `split`. Columns: kind (post, reply), similarity, and for both sides split, conversation, row; a text
-    that occurs often is listed once per pair of splits. Time grows with the square of the posts (5,000: seconds).
+    that occurs often is listed once per pair of splits. Recall: replies all; posts as `similar_pairs` says (all, up to
+    2,000 different posts; of more, all but some in crowds of thousands). ValueError for a threshold not in (0, 1].
     """
     keep = ["split", "conversation_id", "row"]
     copies = [_near_copied_posts(pairs, threshold, keep), _copied_replies(pairs, min_words, keep)]

@@ -18,6 +18,7 @@ from joblib import Parallel, cpu_count, delayed
 from ..base.core import progress
 from ..rewards.heuristic import guard_flags
 from ..text.metrics import distinct_n, pass_at_k, rouge_l, script_words, self_bleu, words
+from ..text.pair_batches import distinct
 from ..text.reply_text import count_pairs
 from ..text.safety import CopiedSpans, safety_flags
 from ..text.sets import ead, ngram_vectors, semantic_diversity, vendi
@@ -67,14 +68,16 @@ def read_replies(posts: Sequence[str], texts: Sequence[str], references: Sequenc
     copied_from_post and copied_from_training (longest shared span, words).
 
     posts, texts: n each. references: n lists of real replies. training: replies that the arms were trained on; without
-    one copied_from_training is NaN. n_jobs: processes. Raises as `count_pairs` and `rouge_l` do.
+    one copied_from_training is NaN. n_jobs: processes. A reply that is given several times with the same post and
+    references is read once. Raises as `count_pairs` and `rouge_l` do.
     """
-    size = 2000
-    frozen = tuple(training)
+    size, frozen, given = 2000, tuple(training), len(texts)
+    (posts, texts, references), place = distinct(posts, texts, [*map(tuple, references)])
     chunks = [(posts[start:start + size], texts[start:start + size], references[start:start + size], frozen)
               for start in range(0, len(texts), size)]
     parts = in_processes(_read_replies, chunks, len(texts), n_jobs, "reading replies, chunks of 2,000")
-    return pd.concat(parts or [_read_replies([], [], [], frozen)], ignore_index=True)
+    read = pd.concat(parts or [_read_replies([], [], [], frozen)], ignore_index=True)
+    return read if len(read) == given else read.iloc[place].reset_index(drop=True)
 
 # %% ../../nbs/evaluation/02_post_metrics.ipynb #c012
 PASS_KS = (1, 5, 10)

@@ -27,6 +27,7 @@ from ..rewards.settings import RewardChoice
 from ..rewards.training_reward import training_reward
 from ..stats.intervals import cluster_bootstrap, holm, paired_difference
 from ..text.metrics import pass_at_k
+from ..text.pair_batches import score_once
 from ..text.safety_model import SafetyClassifier
 
 # %% ../../nbs/evaluation/03_scoring.ipynb #c005
@@ -103,6 +104,7 @@ def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mappi
     None: not known there).
 
     Replies of arm "real" are numbered by `sample` as in the post's replies, and are compared with the *other* ones.
+    The scorers and `truth` are asked once for each different pair of post and reply.
     """
     index = pd.Series(posts.index, posts["post"])
     missing = set(generations["post"]) - set(posts["post"])
@@ -121,13 +123,13 @@ def score_replies(generations: pd.DataFrame, posts: pd.DataFrame, scorers: Mappi
     others = [others[post] if leave < 0 else [*others[post][:leave], *others[post][leave + 1:]]
               for post, leave in zip(where, own, strict=True)]
     for name, (raw, compare) in scorers.items():
-        references = np.split(np.asarray(raw(real_tweets, real)), np.cumsum(sizes)[:-1])  # scored once for each post
-        scored[name] = np.asarray(compare(np.asarray(raw(post_texts, texts)), [
+        references = np.split(score_once(raw, real_tweets, real, None), np.cumsum(sizes)[:-1])  # once for each post
+        scored[name] = np.asarray(compare(score_once(raw, post_texts, texts, None), [
             references[post] if leave < 0 else np.delete(references[post], leave)
             for post, leave in zip(where, own, strict=True)]))
         if not scored[name].between(0, 1).all():
             raise ValueError(f"{name} gave a score outside [0, 1] or NaN to {scored[name].between(0, 1).sum()} replies")
-    scored["gold"] = truth(post_texts, texts) if truth else math.nan
+    scored["gold"] = score_once(truth, post_texts, texts, None) if truth else math.nan
     read = read_replies(post_texts, texts, others, training, n_jobs)
     return scored.join(read_again(read, texts, classifier) if classifier else read)
 

@@ -25,6 +25,7 @@ from grpo_engage.rewards.pairwise import (
     training_pairs,
 )
 from .text_evidence import LENGTH_KNOTS, build_evidence
+from ..text.pair_batches import score_once
 
 # %% ../../nbs/rewards/06_engagement_model.ipynb #c005-5
 def _label_table(labels: pd.DataFrame | Sequence[float], n_replies: int) -> pd.DataFrame:
@@ -133,21 +134,20 @@ class EngagementRewardModel:
     backbone: "minilm" (frozen sentence encoder), "hashing" (n-grams; backbone_options: size, buckets),
     "minilm+hashing", or "minilm-lora" (the encoder tuned on half of the posts, the networks on the other half;
     backbone_options: rank, layers, epochs, learning_rate, max_tokens); "sentence:ID" (any frozen sentence encoder);
-    "causal:ID" (a causal language model, trained as minilm-lora is; backbone_options: see `CausalBackbone`).
-    "states" (a language model fitted on the pairs of `fit`). evidence: "text" (`TextEvidence`), or "length" (a bounded
-    term of length alone, for a judge that shares no feature with the reward).
-    hidden_size: 0 is linear. control: how circumstances are kept out of the labels (`pairwise.CONTROLS`); "auto" is
-    "offset" where the labels have a column expected, else "residual". members: networks in the ensemble. Computes in
-    float32 on the CPU; only the sentence encoder uses a GPU. Nothing here reads engagement or authors after `fit`.
+    "causal:ID" (a causal language model, trained as minilm-lora is; backbone_options: see `CausalBackbone`); "states"
+    (a language model fitted on the pairs of `fit`). evidence: "text" (`TextEvidence`) or "length" (a bounded term of
+    length alone, for a judge that shares no feature with the reward). hidden_size: 0 is linear. control: how
+    circumstances are kept out of the labels (`pairwise.CONTROLS`); "auto" is "offset" where the labels have a column
+    expected, else "residual". members: networks. Float32 on the CPU; the sentence encoder alone uses a GPU.
     """
 
     def __init__(self, backbone: str = "hashing", hidden_size: int = 128, dropout: float = 0.3,
                  learning_rate: float = 1e-3, weight_decay: float = 0.05, epochs: int = 8, min_gap: float = 0.25,
                  members: int = 3, control: str = "auto", backbone_options: dict | None = None, evidence: str = "text",
                  n_length: int = 0):
-        self.options = checked_options({"hidden_size": hidden_size, "dropout": dropout, "learning_rate": learning_rate,
-                                 "weight_decay": weight_decay, "epochs": epochs, "min_gap": min_gap,
-                                 "members": members, "control": control})
+        self.options = checked_options(dict(
+            hidden_size=hidden_size, dropout=dropout, learning_rate=learning_rate, weight_decay=weight_decay,
+            epochs=epochs, min_gap=min_gap, members=members, control=control))
         if evidence == "length":
             self.options |= {"evidence": evidence, "n_length": len(LENGTH_KNOTS)}
         self.backbone = build_backbone(backbone, backbone_options)
@@ -207,13 +207,13 @@ class EngagementRewardModel:
                          self.center, self.scale)
 
     def member_logits(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
-        """Bradley–Terry scores of each member of the ensemble, (members, n) float64.
+        """Bradley–Terry scores of each member of the ensemble, (members, n) float64. Each pair is read once.
 
         Raises: ValueError before `fit` or `load` and for unequal lengths; TypeError when an item is not a string.
         """
         if not self.networks:
             raise ValueError("the reward model is not trained: call fit(pairs, labels) or EngagementRewardModel.load")
-        return _member_logits(self.networks, self.factors, self.features(posts, replies))
+        return score_once(lambda *a: _member_logits(self.networks, self.factors, self.features(*a)).T, posts, replies).T
 
     def logits(self, posts: Sequence[str], replies: Sequence[str], with_length: bool = True) -> np.ndarray:
         """Bradley–Terry scores (n,) float64, unbounded: differences are log-odds between replies to one post. The mean

@@ -35,6 +35,7 @@ from grpo_engage.rewards.validation import (
     validate_scores,
     validation_figure,
 )
+from ..text.pair_batches import score_once
 from ..text.reply_text import count_pairs
 
 # %% ../../nbs/03_reward_model.ipynb #c006
@@ -68,12 +69,16 @@ class CombinedReward:
         self.w_learned, self.penalty = w_learned, penalty
 
     def explain(self, posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
-        """Columns learned, uncertainty, heuristic and score, one row a reply."""
-        learned, uncertainty = self.model.score_and_uncertainty(posts, replies)
-        heuristic = np.asarray(self.heuristic(list(posts), list(replies)), dtype=float)
+        """Columns learned, uncertainty, heuristic and score, one row a reply. A pair that is given several times is
+        scored once."""
+        learned, uncertainty, heuristic = score_once(self._parts, posts, replies).T
         careful = np.clip(learned - self.penalty * uncertainty, 0, 1)
         score = self.w_learned * careful + (1 - self.w_learned) * heuristic
         return pd.DataFrame({"learned": learned, "uncertainty": uncertainty, "heuristic": heuristic, "score": score})
+
+    def _parts(self, posts: list[str], replies: list[str]) -> np.ndarray:
+        heuristic = np.asarray(self.heuristic(posts, replies), dtype=float)
+        return np.stack([*self.model.score_and_uncertainty(posts, replies), heuristic], axis=1)
 
     def __call__(self, posts: Sequence[str], replies: Sequence[str]) -> np.ndarray:
         return self.explain(posts, replies)["score"].to_numpy()

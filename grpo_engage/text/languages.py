@@ -117,7 +117,7 @@ class Evidence(NamedTuple):
 # %% ../../nbs/text/06_languages.ipynb #c018
 def evidence(text: str) -> Evidence:
     """What `text`, without links and handles, says about its language."""
-    words = [(tag, regex.sub("['’]", "", word).lower()) for tag, word in _LATIN_WORD.findall(text)]
+    words = [(tag, word.replace("'", "").replace("’", "").lower()) for tag, word in _LATIN_WORD.findall(text)]
     words = [word for tag, word in words if len(word) > 1 and (not tag or _is_english_word(word))]
     kinds = set(words)  # a word that is said twenty times says no more about its language
     return Evidence(len(kinds), sum(word in STOP_WORDS for word in kinds), sum(map(len, kinds)),

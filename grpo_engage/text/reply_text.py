@@ -20,6 +20,7 @@ import regex
 
 from .languages import STOP_WORDS, Evidence, evidence, is_english, is_foreign
 from .metrics import UNSPACED
+from .pair_batches import score_once
 
 # %% ../../nbs/text/00_reply_text.ipynb #c005
 GENERIC = frozenset(
@@ -203,8 +204,9 @@ def _shouted(originals: Sequence[str]) -> float:
     return sum(map(str.isupper, letters)) / len(letters) if len(letters) >= 15 else 0.0
 
 
+@lru_cache(maxsize=16_384)
 def _count(post_text: str, reply: str) -> tuple:
-    """The numbers named in COUNTS, for one pair."""
+    """The numbers named in COUNTS, for one pair; remembered: learned reward, heuristic and guards ask for the same."""
     post, text = _read_post(post_text), clean_reply(reply)
     prose = _MENTION.sub(" ", text)
     matches = list(_WORD.finditer(prose))
@@ -235,6 +237,8 @@ def count_pairs(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
         for position, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"{name}[{position}] is {type(text).__name__}, not a string; reject such rows first")
-    rows = [_count(post_text, reply) for post_text, reply in zip(posts, replies, strict=True)]
     columns = [*COUNTS, BY_CHARACTER]
-    return pd.DataFrame(np.array(rows, dtype=float).reshape(len(rows), len(columns)), columns=columns)
+
+    def counted(own_posts: list[str], own_replies: list[str]) -> np.ndarray:
+        return np.array(list(map(_count, own_posts, own_replies)), dtype=float).reshape(len(own_posts), len(columns))
+    return pd.DataFrame(score_once(counted, posts, replies), columns=columns)
