@@ -1,6 +1,6 @@
 """Text-only ways to order replies to one post, cross-fitted over all conversations of a file of pairs.
 
-    python benchmarks/pheme_crossfit.py PAIRS.jsonl.gz OUT.csv [--folds 5] [--seed 0] [--language-model smollm2-135m]
+    python benchmarks/pheme_crossfit.py PAIRS.jsonl.gz OUT.csv [--folds 5] [--seed 0] [--language-model smollm2-135m] [--ways ...]
 
 Every score is out of fold (folds are conversations). Accuracy is over clear pairs, as they are and with every post
 weighted equally; intervals resample conversations. The pair models are logistic regressions on differences of
@@ -9,7 +9,8 @@ of the ridge are chosen by an inner fold of the training conversations. `stack` 
 of-fold scores, cross-fitted again with the same folds: its inputs for a training row come from models that saw the
 judged fold, which flatters it if anything. `language model` reads the replies (up to 64 tokens, without their posts)
 with a frozen language model: the mean of its states after two thirds of its layers. Rows are written as they come, so
-that a run that is stopped leaves what it had.
+that a run that is stopped leaves what it had; --ways names those to fit (without `stack`), whose rows go into OUT.csv
+beside the others that are there.
 """
 
 import argparse
@@ -112,6 +113,15 @@ def judged(way: str, scores: np.ndarray, codes, pairs, length: np.ndarray, seed:
             "posts": len(by_post), "seconds": round(seconds)}
 
 
+def beside(given: argparse.Namespace, rows: list[dict]) -> pd.DataFrame:
+    """`rows`, and with --ways the other rows of the file that is there, `stack` last."""
+    table = pd.DataFrame(rows)
+    if given.ways and given.out.exists():
+        old = pd.read_csv(given.out)
+        table = pd.concat([old[~old["way"].isin(table["way"])], table], ignore_index=True)
+    return table.sort_values("way", key=lambda way: way == "stack", kind="stable")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pairs", type=Path)
@@ -119,6 +129,7 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language-model", default="", help="smollm2-135m or a folder; read once, ten minutes or more")
+    parser.add_argument("--ways", nargs="+", default=[], help="fit these alone")
     given = parser.parse_args()
     table = read_pairs(given.pairs)[0]
     likes = engagement(table)
@@ -153,7 +164,7 @@ def main() -> None:
         backbone = HashingBackbone().fit(known, given.seed)
         return with_vectors((backbone.encode(replies), backbone.encode(posts)), train)
 
-    minilm = embed(replies), embed(posts)
+    minilm = (embed(replies), embed(posts)) if not given.ways or any("minilm" in way for way in given.ways) else None
     dense = (1e-4, 1e-3, 1e-2)
     makers = {"surface": (lambda train: with_vectors((surface, np.zeros_like(surface)), train), equal, STRENGTHS),
               "minilm": (lambda train: with_vectors(minilm, train), equal, dense),
@@ -173,12 +184,16 @@ def main() -> None:
 
         makers |= {"language model": (read, equal, (1e-5, *dense)),
                    "language model by ratio": (read, ratio, (1e-5, *dense))}
+    if given.ways:
+        makers = {way: makers[way] for way in given.ways}
     found, rows = {"length": length}, [judged("length", length, codes, every, length, given.seed, 0.0)]
     for way, (make, weight, strengths) in makers.items():
         start = time.perf_counter()
         found[way] = cross_fitted(make, codes, fold, pairs, weight, given.seed, strengths)
         rows.append(judged(way, found[way], codes, every, length, given.seed, time.perf_counter() - start))
-        write_csv(given.out, pd.DataFrame(rows))
+        write_csv(given.out, beside(given, rows))
+    if given.ways:
+        return
     scores = np.column_stack([rankdata(values) / len(values) for values in found.values()])
     stacked = cross_fitted(lambda train: scores, codes, fold, pairs, equal, given.seed, (1.0,))
     rows.append(judged("stack", stacked, codes, every, length, given.seed, 0.0))
