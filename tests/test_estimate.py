@@ -49,10 +49,10 @@ def test_prices_are_those_that_made_the_trials():
     """Three unknown prices, any trials, against numpy's own solution of the equations."""
     random = np.random.default_rng(0)
     for _ in range(50):
-        units = np.column_stack([np.ones(3), random.integers(50, 5000, 3), random.integers(5, 100, 3)]).astype(float)
-        true = random.uniform(0, 5, (3, 3)) * [[1], [1e-2], [1e-1]]
+        units = np.column_stack([np.ones(3), [600, 2100, 800], [15, 15, 45]]) * random.uniform(1, 1.2, (3, 3))
+        true = random.uniform(0, 5, (3, 3)) * [[1], [1e-2], [1e-1]]  # wall, CPU and memory of each of three units
         trials = [({"job": a, "reply": b, "tried post": c}, Spent(*(row @ true)))
-                  for row, (a, b, c) in zip(units, units, strict=True)]
+                  for row, (a, b, c) in zip(units, units.tolist(), strict=True)]
         found = fitted(trials)
         expected = np.linalg.solve(units, units @ true)
         np.testing.assert_allclose([[found[unit].wall, found[unit].cpu, found[unit].memory] for unit in found],
