@@ -90,7 +90,7 @@ def print_known(run_dir: Path, config: Mapping, waiting: Sequence[Job]) -> None:
         return
     if not known:
         print("how long this takes is not known: no run on this machine did the same; "
-              f"`python -m grpo_engage estimate --preset {config['preset']}` tries it")
+              "`python -m grpo_engage estimate` with the same arguments tries it")
         return
     print(as_text(table({job: spent for job, (spent, _) in known.items()}, machine_price(None, config))))
     unknown = [" ".join(part for part in job[:2] if part) for job in waiting if job not in known]

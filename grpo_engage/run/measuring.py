@@ -23,7 +23,7 @@ from ..base.core import read_json
 from ..base.environment import own_environment
 from .costs import Spent
 from .graph import stage_folder
-from .runner import LIBRARIES
+from .runner import LIBRARIES, failure_message
 
 # %% ../../nbs/run/09_measuring.ipynb #c005
 _LIBRARIES = ["grpo_engage.evaluation.evaluation", "grpo_engage.paper.paper", "grpo_engage.rewards.best_of_n",
@@ -78,13 +78,16 @@ def started_job(run_dir: Path, stage: str, arm: str = "", seed: int | None = Non
 
     Raises: RuntimeError with the job's own error.
     """
-    words = [*(["--arm", arm, "--seed", str(seed)] if arm else [])]
+    words = ["--arm", arm, "--seed", str(seed)] if arm else []
+    (run_dir / LIBRARIES / "temporary").mkdir(parents=True, exist_ok=True)  # what libraries leave goes with the folder
+    environment = own_environment(run_dir / LIBRARIES) | {"TMPDIR": str(run_dir / LIBRARIES / "temporary")}
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "grpo_engage", "job", stage, *words], cwd=run_dir, text=True,
-                          capture_output=True, env=own_environment(run_dir / LIBRARIES), stdin=subprocess.DEVNULL)
+                          capture_output=True, env=environment, stdin=subprocess.DEVNULL)
     wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
-        raise RuntimeError(f"the trial of {stage} failed: {done.stderr.strip().removeprefix('error: ')[-2000:]}")
+        said = failure_message(run_dir, read_json(run_dir / "config.json"), done.stderr).removeprefix("error: ")
+        raise RuntimeError(f"the trial of {said.partition('  partial notebook: ')[0].strip()}")
     facts = read_json(stage_folder(run_dir, stage, arm, seed) / "manifest.json")
     own = Spent(facts["wall_seconds"], facts["cpu_seconds"], facts["peak_memory"])
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
