@@ -56,7 +56,7 @@ def measured(what: str, function: Callable, *arguments: object) -> tuple[Spent, 
     context = get_context("forkserver")
     context.set_forkserver_preload(_LIBRARIES)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, arguments), daemon=True)
+    process = context.Process(target=_answer, args=(sender, function, arguments))  # no daemon: stages have pools
     process.start()
     sender.close()
     try:
@@ -65,6 +65,9 @@ def measured(what: str, function: Callable, *arguments: object) -> tuple[Spent, 
         process.join()
         raise RuntimeError(f"the trial of {what} died (exit code {process.exitcode}; killed, or out of memory?)"
                            ) from None
+    except BaseException:  # interrupted: nobody waits for its answer any more
+        process.terminate()
+        raise
     finally:
         receiver.close()
     process.join()
