@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -203,8 +204,9 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
     """Record a stage in `folder`/manifest.json; the dict that is yielded takes further facts.
 
     Written: stage, status (running, completed, failed), parameters, git commit and dirty flag, package versions,
-    hardware (its GPUs where torch was used, else null), SHA-256 of each input, start time (UTC), wall_seconds, cost_usd
-    (= hours x `usd_per_hour`, the price of the machine; null where none is given, 0), and on failure the error.
+    hardware (its GPUs where torch was used, else null), SHA-256 of each input, start time (UTC), wall_seconds,
+    cpu_seconds (threads and ended child processes too), peak_memory (of this process, bytes), cost_usd (= hours x
+    `usd_per_hour`, the price of the machine; null where none is given, 0), and on failure the error.
 
     Raises: FileNotFoundError when an input is missing, naming it.
     """
@@ -217,7 +219,7 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
                    "inputs": {str(path): file_sha256(path) for path in inputs},
                    "started": datetime.now(UTC).isoformat(timespec="seconds")}
     write_json(folder / "manifest.json", facts)
-    start = time.monotonic()
+    start, cpu = time.monotonic(), sum(os.times()[:4])
     try:
         yield facts
         facts["status"] = "completed"
@@ -225,9 +227,11 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
         facts |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         raise
     finally:
-        seconds = time.monotonic() - start
+        seconds, now = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF)
         facts |= {"hardware": _hardware(),  # again: what computes has been imported by now
-                  "wall_seconds": round(seconds, 3), "usd_per_hour": usd_per_hour,
+                  "wall_seconds": round(seconds, 3), "cpu_seconds": round(sum(os.times()[:4]) - cpu, 3),
+                  "peak_memory": now.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+                  "usd_per_hour": usd_per_hour,
                   "cost_usd": round(seconds / 3600 * usd_per_hour, 6) if usd_per_hour else None}
         write_json(folder / "manifest.json", facts)
 

@@ -14,8 +14,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from ..base.core import REPO_ROOT, read_json, say, write_json
 from ..base.environment import own_environment, thread_limit
@@ -83,8 +86,9 @@ def remove_results(run_dir: Path, names: list[str]) -> None:
             path.unlink(missing_ok=True)
 
 # %% ../../nbs/run/01_runner.ipynb #c027
-def note_what_it_was_made_from(run_dir: Path, job: tuple, made: dict) -> None:
-    """Add `made_from` to the manifest of a finished job, with what it wrote, and set its stamp.
+def note_what_it_was_made_from(run_dir: Path, job: tuple, made: dict, seconds: float) -> None:
+    """Add `made_from` to the manifest of a finished job, with what it wrote, and `job_seconds`, its `seconds` from the
+    start of its process on; and set its stamp.
 
     Raises: RuntimeError naming the files that the job should have written and did not.
     """
@@ -93,7 +97,8 @@ def note_what_it_was_made_from(run_dir: Path, job: tuple, made: dict) -> None:
     if missing:
         raise RuntimeError(f"stage {job[0]} ended without writing {', '.join(missing)}")
     record = read_json(folder / "manifest.json")
-    write_json(folder / "manifest.json", record | {"made_from": made | {"writes": written}})
+    write_json(folder / "manifest.json", record | {
+        "job_seconds": round(seconds, 3), "made_from": made | {"writes": written}})
     (folder / STAMP).touch()
 
 # %% ../../nbs/run/01_runner.ipynb #c029
@@ -118,6 +123,7 @@ def run_stage(run_dir: Path, stage: str, arm: str = "", seed: int | None = None)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have come just before they went
         return
     parameters, made = job_parameters(config, *job), made_from(run_dir, config, *job)
+    began = psutil.Process().create_time()  # the imports of this process are a part of the job
     say(f"{label}: started")
     with explained_writing(folder):  # a full disk hits the executed notebook and the manifest too
         remove_results(run_dir, job_writes(*job))
@@ -128,7 +134,7 @@ def run_stage(run_dir: Path, stage: str, arm: str = "", seed: int | None = None)
             record = read_json(path) if path.exists() else {"stage": stage, "parameters": parameters}
             write_json(path, record | {"status": "failed", "error": str(failure)})
             raise
-        note_what_it_was_made_from(run_dir, job, made)
+        note_what_it_was_made_from(run_dir, job, made, time.time() - began)
     say(f"{label}: completed")
     if stage == "train":
         shutil.rmtree(folder / "checkpoints")

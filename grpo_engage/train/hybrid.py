@@ -10,12 +10,13 @@ __all__ = ['MIN_STEPS_TO_TELL', 'WATCHED', 'pilot_verdict', 'references', 'half_
 # %% ../../nbs/07_hybrid.ipynb #c002
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from scipy.stats import kendalltau, theilslopes
+from transformers import TrainerCallback
 
 from ..base.core import child_seed, read_json, stage_manifest, write_json, write_parquet
 from ..base.plots import savefig
@@ -201,11 +202,13 @@ def report_training(folder: Path, log: pd.DataFrame, settings: TrainSettings, nl
     return verdict["text"]
 
 # %% ../../nbs/07_hybrid.ipynb #c015j
-def train_stage(run_dir: Path, settings: TrainSettings | None = None, **changes: object) -> pd.DataFrame:
+def train_stage(run_dir: Path, settings: TrainSettings | None = None, *, callbacks: Sequence[TrainerCallback] = (),
+                **changes: object) -> pd.DataFrame:
     """Train an arm with a seed; write train/<arm>/seed<seed>/: adapter/, train_log.csv, verdict.json, and what was
     watched (watch.csv, samples.parquet, samples.html); return the log.
 
-    settings: see `TrainSettings`; changes: some of its parameters. Reads data/, policy/, reward_model/ and, for an arm
+    settings: see `TrainSettings`; changes: some of its parameters; callbacks: further ones of the trainer, in one
+    process. Reads data/, policy/, reward_model/ and, for an arm
     with a warm start, that arm's adapter of the same seed. A run that was killed goes on from its last checkpoint,
     which is there until the end (keep_checkpoints: also then).
     """
@@ -237,7 +240,8 @@ def train_stage(run_dir: Path, settings: TrainSettings | None = None, **changes:
         train = trainer_for(run_dir, given, reward, instruction)
         log = train(base, examples, folder, given, objective=objective, reward_id=identifier, warm_start=start,
                     seed=child_seed(seed, "train", given.arm), loading=loading, instruction=instruction,
-                    base_name=facts["name"], label=given.arm, keep_checkpoints=True)
+                    base_name=facts["name"], label=given.arm, keep_checkpoints=True,
+                    **({"callbacks": callbacks} if callbacks else {}))
         after = heldout_nll(base, folder / "adapter", loading, heldout, instruction)
         manifest["verdict"] = report_training(folder, log, given, {
             "before": before, "after": after, "replies": len(heldout)})
