@@ -1,6 +1,7 @@
 """Text-only ways to order replies to one post, cross-fitted over all conversations of a file of pairs.
 
-    python benchmarks/pheme_crossfit.py PAIRS.jsonl.gz OUT.csv [--folds 5] [--seed 0] [--language-model NAME] [--ways ...]
+    python benchmarks/pheme_crossfit.py PAIRS.jsonl.gz OUT.csv [--folds 5] [--seed 0]
+                                       [--language-model NAME] [--ways W]
 
 Every score is out of fold (folds are conversations). Accuracy is over clear pairs, as they are and with every post
 weighted equally; intervals resample conversations. The pair models are logistic regressions on differences of

@@ -23,18 +23,14 @@ from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    GenerationConfig,
-    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from ..base.core import child_seed, device_and_dtype, progress, say
 from .base_models import explained_loading, quiet_libraries
-from .decoding import merged_adapters, sample_completions
+from .decoding import generated_completions, merged_adapters, sample_completions
 from grpo_engage.policy.model_files import (
     end_of_turn,
     load_tokenizer,
@@ -198,45 +194,6 @@ def load_adapted(path: str | Path, adapter: Path, *, trainable: bool = False, qu
     adapted.peft_config["default"].base_model_name_or_path = str(path)
     return adapted, tokenizer
 
-# %% ../../nbs/policy/01_sampling.ipynb #c015
-class _SampledLogProbs(LogitsProcessor):
-    """Temperature and nucleus as transformers applies them, and the log-probability of each token that is drawn.
-
-    Own bookkeeping: `output_scores` would keep (steps, batch, vocabulary) numbers, gigabytes for a vocabulary of 150k.
-    """
-
-    def __init__(self, temperature: float, top_p: float):
-        self.warpers = [TemperatureLogitsWarper(temperature), *([TopPLogitsWarper(top_p)] if top_p < 1 else [])]
-        self.current: torch.Tensor | None = None  # log-probabilities of the step whose token is not drawn yet
-        self.steps: list[torch.Tensor] = []
-
-    def drawn(self, tokens: torch.Tensor) -> None:
-        """Note the log-probability of `tokens` (batch,), drawn at the latest step."""
-        self.steps.append(self.current.gather(1, tokens[:, None])[:, 0].cpu())
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.current is not None:
-            self.drawn(input_ids[:, -1])
-        for warper in self.warpers:
-            scores = warper(input_ids, scores)
-        self.current = scores.float().log_softmax(-1)
-        return scores
-
-
-def _generated(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, settings: GenerationConfig,
-               temperature: float, top_p: float) -> tuple[list[list[int]], torch.Tensor]:
-    """As `sample_completions`, by transformers' own `generate`."""
-    sampler = _SampledLogProbs(temperature, top_p)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=[sampler])
-    sampler.drawn(output[:, -1])
-    made, sums = [], []
-    for row, log_probs in zip(output[:, ids.shape[1]:].tolist(), torch.stack(sampler.steps, 1).double(), strict=True):
-        stop = next((place for place, token in enumerate(row) if token in settings.eos_token_id), len(row) - 1)
-        made.append(row[: stop + 1])
-        sums.append(log_probs[: stop + 1].sum())
-    return made, torch.stack(sums)
-
-
 # %% ../../nbs/policy/01_sampling.ipynb #f180000d
 def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, posts: Sequence[str], n: int = 1,
                      temperature: float = 1.0, top_p: float = 1.0, max_new_tokens: int = 28, batch_size: int = 64,
@@ -255,9 +212,7 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
                          f"max_new_tokens={max_new_tokens}, batch_size={batch_size}, temperature={temperature}, "
                          f"top_p={top_p}")
     ends = stop_tokens(tokenizer, model.config, model.generation_config)
-    # temperature and top_p are applied by _SampledLogProbs, in transformers' own order
-    settings = GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, eos_token_id=ends,
-                                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+    asked = (ends, max_new_tokens, temperature, top_p, tokenizer.pad_token_id)
     prompts = [format_prompt(post_text, tokenizer, instruction, max_new_tokens) for post_text in posts]
     jobs = [(post, sample) for post in range(len(prompts)) for sample in range(n)]
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
@@ -273,10 +228,9 @@ def generate_replies(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             torch.manual_seed(child_seed(seed, "generate", index))
             if takes_fast_path(inner, ids, mask):
                 with merged_adapters(model):
-                    made, sums = sample_completions(inner, prompt_ids, ends, max_new_tokens, temperature, top_p,
-                                                    tokenizer.pad_token_id)
+                    made, sums = sample_completions(inner, prompt_ids, *asked)
             else:
-                made, sums = _generated(model, ids, mask, settings, temperature, top_p)
+                made, sums = generated_completions(model, ids, mask, *asked)
         for (post, sample), kept, log_prob in zip(batch, made, sums.tolist(), strict=True):
             text = clean_text(tokenizer.decode(kept, skip_special_tokens=True), tokenizer)
             rows.append((post, sample, text, len(kept), "stop" if kept[-1] in ends else "length", log_prob))

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base.core import REPO_ROOT, read_json, say, write_json
+from ..base.core import REPO_ROOT, read_json, write_json
 from ..base.environment import own_environment, refuse_launcher
 from ..base.processes import end_with
 from ..base.settings import default_of, described
