@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help paper run list lab test test-all everything proofs planted export clean-notebooks install clean
+.PHONY: help paper run list lab test test-all everything proofs planted export clean-notebooks install bench clean
 
 help:
 	@echo "make paper [RUN=name]                  run the embedded default (or take the run NAME) and make its paper"
@@ -27,6 +27,7 @@ help:
 	@echo "make planted                           bugs planted one at a time, each of which the tests must catch (an hour)"
 	@echo "make run PRESET=name [DATA=file] [RUN=name] [ARGS=\"-p name=value\"]"
 	@echo "make lab                               the notebooks in JupyterLab"
+	@echo "make bench                             training and sampling beside TRL's and transformers' own, on this machine"
 	@echo "make list                              the runs with status, time and headline numbers"
 	@echo "make export                            notebooks -> grpo_engage/"
 	@echo "More: .venv/bin/python -m grpo_engage --help"
@@ -107,6 +108,12 @@ proofs: $(READY)
 # Bugs planted one at a time in a copy of the checkout; fails where the tests do not notice one; leaves proofs/planted_results.csv
 planted: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python proofs/planted.py $(ARGS)
+
+# A step and sampling beside TRL's and transformers' own, in turn on this machine; leaves outputs/speed.csv (half an hour;
+# with smaller models, sizes or fewer kinds by ARGS, see benchmarks/speed.py)
+bench: $(READY)
+	mkdir -p outputs
+	$(BIN)/python benchmarks/speed.py outputs/speed.csv $(ARGS)
 
 clean:
 	rm -rf outputs/runs paper/figures paper/tables paper/macros.tex paper/main.pdf
