@@ -9,10 +9,12 @@ import pytest
 
 from grpo_engage.base.core import REPO_ROOT, write_parquet
 from grpo_engage.data.gold import gold_appeal
+from grpo_engage.data.pairs import load_pairs
 from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.evaluation.evaluation import posts_with_replies
 from grpo_engage.evaluation.scoring import BLOCKING_GUARDS, frozen_mark
-from grpo_engage.studies.learning_study import sample_setting, study_by_post, study_marks
+from grpo_engage.studies.learning_study import Setting, sample_setting, study_by_post, study_marks, study_setting
+from grpo_engage.train.objective import Objective
 
 specification = importlib.util.spec_from_file_location("learning", REPO_ROOT / "benchmarks" / "learning.py")
 learning = importlib.util.module_from_spec(specification)
@@ -76,6 +78,25 @@ def test_a_sample_is_judged_against_the_real_replies_to_its_own_post(base):
         assert row.gold == gold
         assert row.judge == pytest.approx(np.mean([1.0 if gold > other else 0.5 if gold == other else 0.0
                                                    for other in rivals]))
+
+
+def test_a_setting_is_trained_and_sampled_with_what_both_rules_need(base, small_world, tmp_path):
+    tiny = {"posts_per_step": 2, "num_generations": 4, "max_steps": 2, "max_new_tokens": 20}
+    settings = {"baseline": Setting(Objective(1, 0, 0), options={"batch_size": 4, "max_steps": 2}),
+                "grpo": Setting(Objective(0, 1, 0), "baseline", tiny)}
+    examples = load_pairs(small_world).query("split == 'policy'")[["tweet", "reply"]]
+    held = learning.held_out(small_world, 3)
+    for name, setting in settings.items():
+        study_setting(name, setting, 0, tmp_path, base, examples, held, lambda posts, replies: np.array(
+            [len(reply) / 100 for reply in replies]), "length", gold_appeal, n_samples=10)
+    samples = learning.gather(tmp_path, settings)
+    assert samples.groupby(["setting", "split", "step"]).size().to_dict() == {
+        ("baseline", "test", 2): 30, ("baseline", "validation", 2): 30, ("grpo", "test", 2): 30,
+        ("grpo", "validation", 1): 30, ("grpo", "validation", 2): 30}
+    marks = study_marks(samples[samples["step"] == 2])
+    found = study_by_post(samples[(samples["setting"] == "grpo") & (samples["split"] == "test")], marks, 100)
+    assert len(found) == 3 and found[["pass@10", "pass@10 absolute"]].isin([0.0, 1.0]).all().all()  # ten of ten replies
+    assert found["kl"].gt(0).all()  # it moved
 
 
 def test_the_report_holds_both_rules_and_refuses_samples_of_the_old_one(tmp_path):
