@@ -109,3 +109,14 @@ def test_what_cannot_be_tuned_is_refused(tmp_path):
         tuning.tune(tmp_path / "x.csv", "smoke", [-1], tmp_path)
     with pytest.raises(ValueError, match="needs a baseline"):
         tuning.tune(tmp_path / "x.csv", "smoke", [1], tmp_path, overrides=["arms=[polychromic]"])
+
+
+COMMITTED = REPO_ROOT / "benchmarks" / "tuning.csv"
+
+
+@pytest.mark.skipif(not COMMITTED.exists(), reason="without the table the paper says that no rate was tuned")
+def test_the_committed_table_gives_each_arm_as_many_tries():
+    table = pd.read_csv(COMMITTED)
+    assert table.columns.tolist() == tuning.COLUMNS
+    assert table.groupby("arm").size().nunique() == 1 and table.groupby("arm")["chosen"].sum().eq(1).all()
+    assert (table.loc[table["factor"] == 1, "ahead"] == 0).all()
