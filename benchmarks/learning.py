@@ -5,8 +5,11 @@
 RUN is a run (stages data to policy) on simulated data, whose reward trains the arms; its split `policy` holds the
 training posts. Every setting is sampled on `--posts` validation posts at the end of its steps (what starts from the
 baseline also halfway), and on as many test posts at the end. Interrupted, it goes on where it was; several may
-share the seeds. With --report nothing is trained: by_post.parquet, comparisons.csv, means.csv and the figures are made
-from what is there.
+share the seeds. With --report nothing is trained: by_post.parquet, comparisons.csv, means.csv, pass_rule.csv and the
+figures are made from what is there.
+
+A reply passes by a run's rule: it beats at least the share tau of the real replies to its post (notebook
+evaluation/12_pass_rule). One height of gold for all posts stands beside it, "pass@10 absolute".
 """
 
 import argparse
@@ -19,7 +22,8 @@ from grpo_engage.base.plots import savefig
 from grpo_engage.data.pairs import load_pairs
 from grpo_engage.data.truth import gold_of
 from grpo_engage.evaluation.evaluation import choose_posts, posts_with_replies
-from grpo_engage.evaluation.scoring import choose_tau
+from grpo_engage.evaluation.pass_rule import pass_rule_table
+from grpo_engage.evaluation.scoring import allowed
 from grpo_engage.policy.replies import read_policy
 from grpo_engage.rewards.training_reward import training_reward
 from grpo_engage.stats.intervals import holm
@@ -32,11 +36,13 @@ from grpo_engage.studies.learning_study import (
     plot_simplex,
     simplex_settings,
     study_by_post,
+    study_marks,
     study_setting,
 )
 from grpo_engage.train.objective import Objective
 
-METRICS = ("pass@1", "pass@10", "gold", "reward", "self_bleu", "distinct_2", "ead", "rouge_l", "nll", "kl", "length")
+METRICS = ("pass@1", "pass@10", "pass@1 absolute", "pass@10 absolute", "gold", "reward", "self_bleu", "distinct_2",
+           "ead", "rouge_l", "nll", "kl", "length")
 SPLITS = ("validation", "test")
 PAIRS = [(f"polychromic_{name}", other) for name in ("self_bleu", "distinct_n", "cosine", "vendi")
          for other in ("supervised_8", "baseline")]
@@ -91,14 +97,13 @@ def simplex_aim(compared: pd.DataFrame, mixtures: list[str], corners: list[str])
 def report(out: Path, settings: dict[str, Setting], vocabulary: int) -> None:
     samples = gather(out, settings)
     last = {name: setting.options["max_steps"] for name, setting in settings.items()}
-    marked = samples[(samples["setting"] == "baseline") & (samples["split"] == "validation")
-                     & (samples["step"] == last["baseline"])].sort_values(["seed", "post", "sample"])
-    n_samples = int(marked["sample"].nunique())
-    tau, reached = choose_tau(marked["gold"].to_numpy().reshape(-1, n_samples),
-                              marked["ok"].to_numpy().reshape(-1, n_samples), 0.6)
-    say(f"pass mark {tau:.3f} on gold appeal: the baseline's Pass@10 on validation is {reached:.3f}")
+    ended = samples[samples["step"] == samples["setting"].map(last)]
+    marks = study_marks(ended)
+    say("pass marks: " + ", ".join(f"{rule} {tau:.3f} on {column}" for rule, (column, tau) in marks.items()))
+    judged = ended[ended["split"] == "validation"].assign(arm=ended["setting"]).reset_index(drop=True)
+    write_csv(out / "pass_rule.csv", pass_rule_table(judged, sorted(judged["arm"].unique()), marks, allowed(judged)))
     keys = ["setting", "seed", "split", "step"]
-    by_post = pd.concat([study_by_post(part, tau, vocabulary).assign(**dict(zip(keys, key, strict=True)))
+    by_post = pd.concat([study_by_post(part, marks, vocabulary).assign(**dict(zip(keys, key, strict=True)))
                          .merge(part[["post", "nll"]].drop_duplicates(), on="post")
                          for key, part in samples.groupby(keys, sort=True)], ignore_index=True)
     write_parquet(out / "by_post.parquet", by_post)
@@ -116,9 +121,9 @@ def report(out: Path, settings: dict[str, Setting], vocabulary: int) -> None:
     start = path[(path["setting"] == "baseline") & path["last"]].assign(kl=0.0, step=0)
     moved = pd.concat([path[path["setting"].map(lambda name: settings[name].start == "baseline")]]
                       + [start.assign(setting=name) for name in settings if settings[name].start == "baseline"])
-    ended = moved.groupby(["setting", "seed"])["last"].transform("any") & (
+    whole = moved.groupby(["setting", "seed"])["last"].transform("any") & (
         moved.groupby(["setting", "seed"])["step"].transform("nunique") > 1)
-    moved = moved[ended]  # a seed that is still being trained has its start alone
+    moved = moved[whole]  # a seed that is still being trained has its start alone
     reached = moved.groupby(["setting", "seed", "step"])["kl"].mean().groupby(["setting", "seed"]).max()
     corners = [name for name in settings if name.startswith("mix_") and name.count("0") == 2]
     mixtures = [name for name in settings if name.startswith("mix_") and name not in corners]

@@ -41,6 +41,8 @@ CASES = {
     "supervised and diversity, groups every 2nd step": dict(objective=Objective(1.0, 0.0, 0.3), policy_every=2),
     "all three, max_at_3, clipped": dict(objective=Objective(0.3, 0.5, 0.2), advantage="max_at_k", max_k=3,
                                          advantage_clip=0.4),
+    "reward x diversity": dict(objective=Objective(0.0, 1.0, 0.0), diversity_form="product"),
+    "max_at_k, k from 4 down to 1": dict(objective=Objective(0.0, 1.0, 0.0), advantage="max_at_k", k_schedule=(1, 2)),
     "all three, KL to the start, LoRA": dict(objective=Objective(0.3, 0.5, 0.2), kl_weight=0.5, lora=True,
                                              accumulation=1),
 }

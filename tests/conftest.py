@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from grpo_engage.base.core import REPO_ROOT
+from grpo_engage.base.core import REPO_ROOT, SPLITS, write_json, write_parquet
 from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.policy.base_models import ensure_policy
+from grpo_engage.rewards.engagement_model import EngagementRewardModel
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +23,26 @@ def base():
 @pytest.fixture(scope="module")
 def pairs():
     return simulate_pairs(30, seed=8)[["tweet", "reply"]]
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    """A run up to training: 100 simulated conversations, a fifth in each split, and the smallest reward and judge."""
+    folder = tmp_path_factory.mktemp("world")
+    pairs = simulate_pairs(100, seed=4).reset_index(drop=True)
+    place = pd.factorize(pairs["conversation_id"])[0]
+    pairs = pairs.assign(row=pairs.index, split=np.array(SPLITS)[place % 5])
+    write_parquet(folder / "data" / "pairs.parquet", pairs)
+    write_parquet(folder / "reward_model" / "labels.parquet", pd.DataFrame({"row": pairs["row"], "reference": True}))
+    for name, evidence in (("reward", "text"), ("judge", "length")):
+        model = EngagementRewardModel(hidden_size=0, epochs=1, members=1, evidence=evidence)
+        model.fit(own := pairs[pairs["split"] == name], np.log1p(own["reply_likes"].to_numpy()))
+        model.save(folder / "reward_model" / name)
+    verdict = {"verdict": "validated", "validated": True, "text": "validated", **dict.fromkeys(
+        ("gain", "ci_low", "ci_high"), 0.1)}
+    write_json(folder / "reward_model" / "validation.json", {"verdicts": {"reward": verdict, "judge": verdict}})
+    write_json(folder / "policy" / "policy.json", {"name": "nano", "sha256": None, "quantization": "none"})
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -150,3 +150,16 @@ def test_a_criterion_names_the_judges_that_do_not_share_it():
     decision = pd.DataFrame({"arm": "grpo", "criterion": ["pass@10 > 0.65", "judge_engagement > 0.65", "training"]})
     assert robustness.mark_unshared(decision, table)["unshared"].tolist() == ["n-grams", "", ""]
     assert robustness.disagreements(table, {"grpo"}) == {("grpo", "pass@10"): ["n-grams"]}
+
+
+def test_a_system_that_replied_to_part_of_the_posts_has_n_beside_each_of_its_points():
+    table = made_up()
+    table = table[(table["arm"] != "real") | (table["post"] < 5)]
+    systems = ladder.climb(table, {"gold": "gold", "judge": "judge", ladder.REWARD: "reward"}, n_boot=20).systems
+    figure = ladder.plot_ladder(systems)
+    real = systems[systems["system"] == "real"].set_index("rung")["mean"]
+    assert [axes.get_title() for axes in figure.axes] == ["judge", "length", ladder.REWARD]
+    for axes in figure.axes:
+        assert [(note.get_text(), note.xy) for note in axes.texts] == [
+            ("n = 5", (pytest.approx(real["gold"]), pytest.approx(real[axes.get_title()])))]
+    assert "12 posts" in figure.get_supxlabel()

@@ -482,6 +482,32 @@ def test_the_table_of_arms_holds_all_that_differs_and_nothing_else(tmp_path):
     assert "somebody" not in made
 
 
+def test_the_table_of_arms_says_what_is_equal_and_what_was_tuned_by_settings_and_file(tmp_path):
+    arms = ["baseline", "polychromic", "grpo"]
+    run_dir = make_run(tmp_path, arms=arms)
+    run = results.load_run(run_dir, arms, [0])
+    facts = {arm: arms_of.arm_facts(run, arm) for arm in arms}
+    rows = [{"policy": "nano", "arm": arm, "weights": " ".join(f"{weight:g}" for weight in facts[arm]["weights"]),
+             **{name: facts[arm][name] for name in ("steps", "schedule", "references", "posts", "k")},
+             "learning_rate": factor * facts[arm]["learning_rate"], "chosen": factor == 1}
+            for arm in arms for factor in (0.5, 1, 2, 4)]
+    file = tmp_path / "tuning.csv"
+    write_csv(file, pd.DataFrame(rows))
+    said = arms_of.fairness_sentence(run, file)
+    assert "in those that have any): samples." in said and "(4 learning rates an arm" in said
+    assert "equal budget" in said.split("learning rate.")[0] and said.endswith("tuned so: schedule, references.")
+    write_csv(file, pd.DataFrame(rows[:-1]))  # one arm had a try less
+    said = arms_of.fairness_sentence(run, file)
+    assert "Tuned for each arm" not in said and "tuned so: learning rate (tuned for " in said
+    write_csv(file, pd.DataFrame(rows).assign(policy="smollm2-135m"))  # tries of another base model
+    assert "tuned so: learning rate, schedule, references." in arms_of.fairness_sentence(run, file)
+    path = run_dir / "train" / "grpo" / "seed0" / "manifest.json"
+    write_json(path, read_json(path) | trained("grpo", num_generations=8))
+    assert "samples" in arms_of.fairness_sentence(results.load_run(run_dir, arms, [0]), file).split("tuned so:")[1]
+    assert macros_of(run_dir, arms)["FairnessSentence"] == arms_of.fairness_sentence(
+        results.load_run(run_dir, arms, [0]))
+
+
 def test_a_run_of_a_version_that_did_not_note_the_objective_is_named(tmp_path):
     run_dir = make_run(tmp_path)
     path = run_dir / "train" / "grpo" / "seed0" / "manifest.json"

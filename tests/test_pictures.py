@@ -53,6 +53,19 @@ def test_pictures_hold_the_numbers():
     assert lines[drawn.index((0.2,))].get_markerfacecolor() == "none"  # no interval: hollow
 
 
+def test_what_rests_on_part_of_the_posts_has_n_beside_it():
+    table = pd.DataFrame([("grpo", "pass@1", 0.1, 0.05, 0.2, 64), ("hybrid", "pass@1", 0.2, np.nan, np.nan, 1),
+                          ("grpo", "rouge_l", -0.1, -0.2, 0.0, 31), ("hybrid", "rouge_l", np.nan, np.nan, np.nan, 0)],
+                         columns=["arm", "metric", "difference", "low", "high", "n_posts"])
+    axes = plot_forest(table, ["pass@1", "rouge_l"]).axes[0]
+    # at the right end of the interval; at the point where there is none; at 0 where there is no difference either
+    assert [(note.get_text(), note.xy[0]) for note in axes.texts] == [("n = 1", 0.2), ("n = 31", 0.0), ("n = 0", 0.0)]
+    heights = {line.get_ydata()[0] for line in axes.lines if len(line.get_xdata()) == 2 and line.get_xdata()[1] == 0.0}
+    assert axes.texts[1].xy[1] in heights and "64 posts, or n" in axes.get_xlabel()
+    whole = plot_forest(table.assign(n_posts=64), ["pass@1", "rouge_l"]).axes[0]
+    assert not whole.texts and not plot_forest(table.drop(columns="n_posts"), ["pass@1"]).axes[0].texts
+
+
 ARMS = ["base", "baseline", "baseline_T0.7", "best_of_n", "grpo", "real", "their system"]
 
 

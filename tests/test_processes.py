@@ -17,8 +17,10 @@ specification.loader.exec_module(proof)
 
 
 def test_two_processes_compute_what_one_computes():
-    """With a group that lies in both; rewards, credit of all three terms, clipping, and steps without groups."""
-    cases = ["supervised", "all three, max_at_3, clipped", "supervised and diversity, groups every 2nd step"]
+    """With a group that lies in both; rewards, credit of all three terms, clipping, steps without groups, reward times
+    diversity, and a k that goes down."""
+    cases = ["supervised", "all three, max_at_3, clipped", "supervised and diversity, groups every 2nd step",
+             "reward x diversity", "max_at_k, k from 4 down to 1"]
     for row in proof.compare(cases):
         assert float(row.pop("weights_moved_by")) > 1e-3
         name = row.pop("case")

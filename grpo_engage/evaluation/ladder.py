@@ -23,7 +23,7 @@ from scipy.stats import rankdata
 from sklearn.preprocessing import SplineTransformer
 
 from ..base.core import child_seed, write_csv
-from ..base.plots import savefig
+from ..base.plots import note_part, savefig
 from .scoring import Scorer, rung_column
 from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.reward_model import beat_probability
@@ -244,21 +244,26 @@ def climb(scored: pd.DataFrame, rungs: Mapping[str, str], n_boot: int = 2000, se
 
 # %% ../../nbs/evaluation/10_ladder.ipynb #c027
 def plot_ladder(systems: pd.DataFrame) -> Figure:
-    """A panel for each rung of systems.csv: each system's mean against the truth's, or the training reward's."""
+    """A panel for each rung of systems.csv: each system's mean against the truth's, or the training reward's; n beside
+    a system that rests on fewer posts than others."""
     wide = systems.pivot(index="system", columns="rung", values="mean")
     across = TRUTH if TRUTH in wide else REWARD
     shown = [name for name in systems["rung"].unique() if name != across]
     figure = Figure(figsize=(2.4 * min(len(shown), 4), 2.3 * -(-len(shown) // 4)), layout="constrained")
     grid = figure.subplots(-(-len(shown) // 4), min(len(shown), 4), squeeze=False).ravel()
     sort = systems.drop_duplicates("system").set_index("system")["kind"].reindex(wide.index)
+    n_posts = systems.drop_duplicates("system").set_index("system")["n_posts"]
     sort = sort.mask([mark_of(name) is not None for name in wide.index], "mark").replace({"system": "temperature"})
     for axes, name in zip(grid, shown, strict=False):
         sns.scatterplot(x=wide[across], y=wide[name], hue=sort, style=sort, ax=axes, s=22, legend=name == shown[0])
         axes.set(xlabel=across, ylabel="", title=name)
+        for system, count in n_posts.items():
+            note_part(axes, *wide.loc[system, [across, name]], count, n_posts.max())
         if name == shown[0]:
             axes.legend(fontsize=5, title="")
     for axes in grid[len(shown):]:
         axes.axis("off")
+    figure.supxlabel(f"means over {n_posts.max()} posts, or n where it is beside a point", fontsize=6)
     return figure
 
 # %% ../../nbs/evaluation/10_ladder.ipynb #c030

@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from ..base.core import read_json
-from ..base.plots import arm_line, arm_point, arm_style, is_temperature, savefig, style
+from ..base.plots import arm_line, arm_point, arm_style, is_temperature, note_part, savefig, style
 from .pass_curves import plot_pass_curves
 from .scoring import allowed
 from ..text.metrics import pass_at_k
@@ -198,12 +198,16 @@ def plot_tau_sensitivity(curve: pd.DataFrame, tau: float, k: int = 10) -> Figure
 # %% ../../nbs/evaluation/07_pictures.ipynb #p009
 def plot_forest(comparisons: pd.DataFrame, metrics: Sequence[str] = ("pass@1", "pass@10", "self_bleu", "rouge_l",
                                                                    "judge_engagement")) -> Figure:
-    """Differences from the baseline by metric and arm. comparisons: arm, metric, difference, low, high, over (what the
-    intervals are over; evaluation/comparisons_by_seed.csv). Raises ValueError when none of `metrics` is in it."""
+    """Differences from the baseline by metric and arm; n beside what rests on fewer posts than others.
+
+    comparisons: arm, metric, difference, low, high, over (what the intervals are over) and n_posts
+    (evaluation/comparisons_by_seed.csv). Raises ValueError when none of `metrics` is in it.
+    """
     chosen = comparisons[comparisons["metric"].isin(metrics)]
+    chosen = chosen.assign(n_posts=chosen.get("n_posts", np.nan))
     if chosen.empty:
         raise ValueError(f"plot_forest: none of {list(metrics)} among {sorted(set(comparisons['metric']))}")
-    arms = sorted(set(chosen["arm"]))
+    arms, most = sorted(set(chosen["arm"])), chosen["n_posts"].max()
     figure = Figure(figsize=(4.6, 0.5 + 0.22 * len(metrics) * (len(arms) + 0.8)))
     axes = figure.subplots()
     ticks = {}
@@ -218,12 +222,15 @@ def plot_forest(comparisons: pd.DataFrame, metrics: Sequence[str] = ("pass@1", "
                           markerfacecolor=look["color"] if known else "none", **look)
                 if known:
                     axes.plot([line.low, line.high], [height, height], color=look["color"], lw=1.2)
+                right = line.high if known else np.nan_to_num(line.difference)  # 0: of no post is the difference known
+                note_part(axes, right, height, line.n_posts, most)
         ticks[-row] = metric
     axes.axvline(0, color="0.5", lw=0.8, zorder=0)
     axes.set_yticks(list(ticks), list(ticks.values()))
     unknown = chosen[["low", "high"]].isna().any(axis=None)
     over = [name for name in chosen.get("over", pd.Series("posts and seeds")).unique() if name != "nothing"]
     axes.set(xlabel=f"difference from the baseline, 95% interval over {' / '.join(over)}"
+             + (f"\n{most:.0f} posts, or n where it is beside a line" if most > 0 else "")
              + ("\n(hollow: no interval, which takes two conversations)" if unknown else ""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..base.core import REPO_ROOT, stage_manifest
 from ..base.plots import savefig
 from ..data.truth import gold_of
-from .arms import arms_table, training_sentences
+from .arms import TUNING, arms_table, fairness_sentence, training_sentences
 from .endpoint_exhibits import frontier_figure, primary_macros, primary_table
 from grpo_engage.paper.exhibits import (
     NO_PRICE,
@@ -180,6 +180,7 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
         "ClaimStatement": claim_statement(n_seeds, run.policy["name"], smoke),
         "RewardStatement": reward_statement(run),
         "ResultSentences": result_sentences(run), "TrainingSentences": training_sentences(run),
+        "FairnessSentence": fairness_sentence(run),
         "ArmList": _listing(run.arms),
         "DataDescription": "simulated posts and replies with a known appeal" if simulated else
                            "real posts and replies from a file",
@@ -231,6 +232,7 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
     inputs = [source / "main.tex", source / "references.bib", *(run_dir / "evaluation" / name for name in (
         "metrics.csv", "comparisons_by_seed.csv", "primary.csv", "frontier.csv", "frontier_points.csv", "curves.csv",
         "pass.json"))]  # fmt: skip
+    inputs += [TUNING] if TUNING.is_file() else []
     with stage_manifest(folder, "paper", given.recorded(), inputs, usd_per_hour) as manifest:
         run = load_run(run_dir, given.arms, given.seeds)
         for name in ("figures", "tables"):

@@ -132,6 +132,8 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
             named["safety_classifier"] = given["safety_classifier"]
     elif stage == "paper":
         named |= {f"paper/{name}": REPO_ROOT / "paper" / name for name in ("main.tex", "references.bib")}
+        tuning = REPO_ROOT / "benchmarks" / "tuning.csv"  # no run needs it
+        named |= {"benchmarks/tuning.csv": tuning} if tuning.is_file() else {}
     return {name: whole_path(path, name) for name, path in named.items()}
 
 # %% ../../nbs/run/04_graph.ipynb #c015
