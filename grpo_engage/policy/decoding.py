@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_adapters', 'draw', 'sample_completions', 'generated_completions']
 
-# %% ../../nbs/policy/05_decoding.ipynb #de1b2624
+# %% ../../nbs/policy/05_decoding.ipynb #7f685f19
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,19 +22,20 @@ from transformers.pytorch_utils import Conv1D
 
 from .shared_prefix import cache_rows, read_prompts
 
-# %% ../../nbs/policy/05_decoding.ipynb #6ddd8354
+# %% ../../nbs/policy/05_decoding.ipynb #af5cab5f
 @contextmanager
 def merged_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Meanwhile active adapters in `model` are part of its weights; afterwards the weights are the very same as before.
 
-    Quantised weights stay as they are, with their adapters beside them.
+    Quantised weights and those in half precision, whose digits would swallow the adapter, keep it beside them.
     """
     kept = []
     try:
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer) and not layer.merged and not layer.disable_adapters:
                 base = layer.get_base_layer()
-                if type(base) in (torch.nn.Linear, Conv1D):
+                exact = base.weight.dtype in (torch.float32, torch.float64)
+                if exact and type(base) in (torch.nn.Linear, Conv1D):
                     kept.append((layer, base.weight, base.weight.data))
                     layer.merge(safe_merge=True)  # into a copy; raises before anything changes where it is not finite
         yield
@@ -43,7 +44,7 @@ def merged_adapters(model: torch.nn.Module) -> Iterator[None]:
             weight.data = values
             layer.merged_adapters.clear()
 
-# %% ../../nbs/policy/05_decoding.ipynb #4c461cf6
+# %% ../../nbs/policy/05_decoding.ipynb #559b59fc
 def draw(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """A token for each row of `logits` (B, V) from softmax(logits / temperature), cut to its nucleus of `top_p`; and
     its log-prob in that distribution, nats. Both (B,). Draws B numbers from torch's own stream of the device."""
@@ -57,7 +58,7 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> 
     tokens = torch.searchsorted(below, point, right=True).clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], chances.gather(1, tokens)[:, 0].double().log()
 
-# %% ../../nbs/policy/05_decoding.ipynb #caa05ebd
+# %% ../../nbs/policy/05_decoding.ipynb #94bc8a1b
 def _first_reading(model: PreTrainedModel, prompts: Sequence[Sequence[int]], padding: int):
     """Last states (B, width), cache and mask (B, P) of `prompts`, each different one read once."""
     different: dict[tuple, int] = {}
@@ -99,7 +100,7 @@ def sample_completions(model: PreTrainedModel, prompts: Sequence[Sequence[int]],
         states, places = output.last_hidden_state[:, -1], places + 1
     return [[token for token in row if token >= 0] for row in drawn.tolist()], sums.cpu()
 
-# %% ../../nbs/policy/05_decoding.ipynb #eef2f20d
+# %% ../../nbs/policy/05_decoding.ipynb #5e947f6a
 class _SampledLogProbs(LogitsProcessor):
     """Temperature and nucleus as transformers applies them, and the log-probability of each token that is drawn.
 

@@ -7,7 +7,7 @@ __all__ = ['TOKENS_AT_ONCE', 'TOLERANCE', 'inner_model', 'head_log_probs', 'cann
            'cache_rows', 'by_length', 'completion_log_probs', 'labelled_log_probs', 'largest_difference',
            'takes_fast_path', 'add_shared_prefix']
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #09534107
+# %% ../../nbs/policy/04_shared_prefix.ipynb #21f360fa
 import functools
 import inspect
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from transformers.cache_utils import DynamicLayer
 
 from ..base.core import say
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #aad62d42
+# %% ../../nbs/policy/04_shared_prefix.ipynb #dc0cc886
 def inner_model(model: torch.nn.Module) -> PreTrainedModel:
     """The model within PEFT's wrapper; itself where there is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #455952bb
+# %% ../../nbs/policy/04_shared_prefix.ipynb #e5b718cd
 # Own autograd function: TRL's computes all positions on a CPU and makes the logits a second time in the backward pass.
 _LOGITS_AT_ONCE = 2**23
 
@@ -66,7 +66,7 @@ def head_log_probs(states: torch.Tensor, head: torch.nn.Linear, labels: torch.Te
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(1, labels[:, None])[:, 0], entropy, logp.argmax(-1)
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #4eeb7880
+# %% ../../nbs/policy/04_shared_prefix.ipynb #5dc41238
 def cannot_share(model: PreTrainedModel) -> str:
     """Why replies to a post cannot share its states in `model`; "" where they can. model: without PEFT's wrapper."""
     config = model.config.get_text_config()
@@ -82,7 +82,7 @@ def cannot_share(model: PreTrainedModel) -> str:
         return "activations are checkpointed"
     return ""
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #55d0f7a0
+# %% ../../nbs/policy/04_shared_prefix.ipynb #f15eed27
 def different_prompts(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The different rows of `ids` (B, P), padded on the left where `mask` is 0: ids and mask, (G, P'); which of them
     each row is, (B,)."""
@@ -107,7 +107,7 @@ def cache_rows(cache: Cache, rows: torch.Tensor, config: PretrainedConfig) -> Ca
         chosen.update(layer.keys[rows], layer.values[rows], place)
     return chosen
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #1f1525df
+# %% ../../nbs/policy/04_shared_prefix.ipynb #04015766
 TOKENS_AT_ONCE = 512
 
 
@@ -121,7 +121,7 @@ def by_length(lengths: Sequence[int], tokens: int = TOKENS_AT_ONCE) -> list[list
             passes.append([row])
     return passes
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #302ecb26
+# %% ../../nbs/policy/04_shared_prefix.ipynb #a46dc41d
 def _pass_states(model: PreTrainedModel, last: torch.Tensor, cache: Cache, mask: torch.Tensor, ids: torch.Tensor,
                  own: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """States that predict the tokens `ids` (n, R) of the replies to the prompts `which` (n,): (n, R, width)."""
@@ -162,7 +162,7 @@ def completion_log_probs(model: PreTrainedModel, prompt_ids: torch.Tensor, promp
     filled = (empty + 0.0 * last.sum()).index_put(where, logp)  # keeps the graph where no token counts
     return filled, empty.index_put(where, entropy), torch.zeros_like(completion_ids).index_put(where, best)
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #9c8c7ccf
+# %% ../../nbs/policy/04_shared_prefix.ipynb #afe56a46
 def labelled_log_probs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log-prob (with gradient), entropy in nats and whether it is the likeliest, of each label but -100: (N,) each.
@@ -182,7 +182,7 @@ def labelled_log_probs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Te
     logp, entropy, best = head_log_probs(torch.cat(states), model.get_output_embeddings(), known)
     return logp, entropy, best == known
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #f21299df
+# %% ../../nbs/policy/04_shared_prefix.ipynb #18cc35a7
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a log-prob in nats; half precision: a quarter of a nat
 
 
@@ -223,7 +223,7 @@ def takes_fast_path(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tenso
         _say_once(model.config._name_or_path, reason)
     return not reason
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #afdfd447
+# %% ../../nbs/policy/04_shared_prefix.ipynb #9bcc6b76
 def add_shared_prefix(model: PreTrainedModel) -> None:
     """From now on `model(input_ids, attention_mask, completion_ids=..., completion_mask=..., temperature=...)` is
     `completion_log_probs`, and with `reply_labels` it is `labelled_log_probs`, also through wrappers of `model`; any
