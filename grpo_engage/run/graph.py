@@ -139,8 +139,9 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
 # %% ../../nbs/run/04_graph.ipynb #c015
 @functools.lru_cache(maxsize=4096)
 def _hash_of(path: Path, size: int, written: int) -> str:
-    if path.suffix == ".json" and path.name != "manifest.json":
-        content = {name: value for name, value in read_json(path).items() if name != "path"}
+    if path.suffix == ".json":  # what a job took of the machine is no result of it
+        content = {name: value for name, value in read_json(path).items()
+                   if name not in ("path", "cpu_seconds", "peak_memory", "job_seconds")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return file_sha256(path)
 
