@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['merged_adapters', 'draw', 'sample_completions', 'generated_completions']
 
-# %% ../../nbs/policy/05_decoding.ipynb #7f685f19
+# %% ../../nbs/policy/05_decoding.ipynb #3b5d8ef0
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .shared_prefix import cache_rows, read_prompts
 
-# %% ../../nbs/policy/05_decoding.ipynb #af5cab5f
+# %% ../../nbs/policy/05_decoding.ipynb #b01dc99f
 @contextmanager
 def merged_adapters(model: torch.nn.Module) -> Iterator[None]:
     """Meanwhile active adapters in `model` are part of its weights; afterwards the weights are the very same as before.
@@ -44,7 +44,7 @@ def merged_adapters(model: torch.nn.Module) -> Iterator[None]:
             weight.data = values
             layer.merged_adapters.clear()
 
-# %% ../../nbs/policy/05_decoding.ipynb #559b59fc
+# %% ../../nbs/policy/05_decoding.ipynb #624ddddc
 def draw(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """A token for each row of `logits` (B, V) from softmax(logits / temperature), cut to its nucleus of `top_p`; and
     its log-prob in that distribution, nats. Both (B,). Draws B numbers from torch's own stream of the device."""
@@ -58,7 +58,7 @@ def draw(logits: torch.Tensor, temperature: float = 1.0, top_p: float = 1.0) -> 
     tokens = torch.searchsorted(below, point, right=True).clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], chances.gather(1, tokens)[:, 0].double().log()
 
-# %% ../../nbs/policy/05_decoding.ipynb #94bc8a1b
+# %% ../../nbs/policy/05_decoding.ipynb #003a4c8f
 def _first_reading(model: PreTrainedModel, prompts: Sequence[Sequence[int]], padding: int):
     """Last states (B, width), cache and mask (B, P) of `prompts`, each different one read once."""
     different: dict[tuple, int] = {}
@@ -100,7 +100,7 @@ def sample_completions(model: PreTrainedModel, prompts: Sequence[Sequence[int]],
         states, places = output.last_hidden_state[:, -1], places + 1
     return [[token for token in row if token >= 0] for row in drawn.tolist()], sums.cpu()
 
-# %% ../../nbs/policy/05_decoding.ipynb #5e947f6a
+# %% ../../nbs/policy/05_decoding.ipynb #28682f16
 class _SampledLogProbs(LogitsProcessor):
     """Temperature and nucleus as transformers applies them, and the log-probability of each token that is drawn.
 

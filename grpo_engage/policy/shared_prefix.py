@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOKENS_AT_ONCE', 'TOLERANCE', 'inner_model', 'head_log_probs', 'cannot_share', 'different_prompts', 'read_prompts',
-           'cache_rows', 'by_length', 'completion_log_probs', 'labelled_log_probs', 'largest_difference',
-           'takes_fast_path', 'add_shared_prefix']
+           'cache_rows', 'tokens_at_once', 'by_length', 'completion_log_probs', 'labelled_log_probs',
+           'largest_difference', 'takes_fast_path', 'add_shared_prefix']
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #21f360fa
+# %% ../../nbs/policy/04_shared_prefix.ipynb #4030f109
 import functools
 import inspect
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from transformers.cache_utils import DynamicLayer
 
 from ..base.core import say
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #dc0cc886
+# %% ../../nbs/policy/04_shared_prefix.ipynb #bed161a2
 def inner_model(model: torch.nn.Module) -> PreTrainedModel:
     """The model within PEFT's wrapper; itself where there is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #e5b718cd
+# %% ../../nbs/policy/04_shared_prefix.ipynb #feba271a
 # Own autograd function: TRL's computes all positions on a CPU and makes the logits a second time in the backward pass.
 _LOGITS_AT_ONCE = 2**23
 
@@ -66,7 +66,7 @@ def head_log_probs(states: torch.Tensor, head: torch.nn.Linear, labels: torch.Te
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(1, labels[:, None])[:, 0], entropy, logp.argmax(-1)
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #5dc41238
+# %% ../../nbs/policy/04_shared_prefix.ipynb #6d1efba2
 def cannot_share(model: PreTrainedModel) -> str:
     """Why replies to a post cannot share its states in `model`; "" where they can. model: without PEFT's wrapper."""
     config = model.config.get_text_config()
@@ -82,7 +82,7 @@ def cannot_share(model: PreTrainedModel) -> str:
         return "activations are checkpointed"
     return ""
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #f15eed27
+# %% ../../nbs/policy/04_shared_prefix.ipynb #ec7c4eb4
 def different_prompts(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The different rows of `ids` (B, P), padded on the left where `mask` is 0: ids and mask, (G, P'); which of them
     each row is, (B,)."""
@@ -107,11 +107,16 @@ def cache_rows(cache: Cache, rows: torch.Tensor, config: PretrainedConfig) -> Ca
         chosen.update(layer.keys[rows], layer.values[rows], place)
     return chosen
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #04015766
-TOKENS_AT_ONCE = 512
+# %% ../../nbs/policy/04_shared_prefix.ipynb #742c9e83
+TOKENS_AT_ONCE = 512  # by a model 512 wide
 
 
-def by_length(lengths: Sequence[int], tokens: int = TOKENS_AT_ONCE) -> list[list[int]]:
+def tokens_at_once(width: int) -> float:
+    """Tokens of a pass by a model with states of `width`: a narrow one loses more by another pass than by padding."""
+    return TOKENS_AT_ONCE * max(1, 512 // width) ** 2
+
+
+def by_length(lengths: Sequence[int], tokens: float) -> list[list[int]]:
     """Rows in passes of about `tokens` tokens, the longest rows first; rows of length 0 in none."""
     passes: list[list[int]] = []
     for row in sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row]):
@@ -121,7 +126,7 @@ def by_length(lengths: Sequence[int], tokens: int = TOKENS_AT_ONCE) -> list[list
             passes.append([row])
     return passes
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #a46dc41d
+# %% ../../nbs/policy/04_shared_prefix.ipynb #b9365564
 def _pass_states(model: PreTrainedModel, last: torch.Tensor, cache: Cache, mask: torch.Tensor, ids: torch.Tensor,
                  own: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
     """States that predict the tokens `ids` (n, R) of the replies to the prompts `which` (n,): (n, R, width)."""
@@ -148,7 +153,7 @@ def completion_log_probs(model: PreTrainedModel, prompt_ids: torch.Tensor, promp
     last, cache = read_prompts(model, ids, mask)
     states, places = [last[:0]], [torch.empty(0, 2, dtype=torch.long, device=ids.device)]
     lengths = completion_mask.sum(dim=1).tolist()
-    for rows in by_length(lengths):
+    for rows in by_length(lengths, tokens_at_once(last.shape[-1])):
         rows, width = torch.tensor(rows, device=ids.device), lengths[rows[0]]
         own = completion_mask[rows, :width]
         passed = _pass_states(model, last, cache, mask, completion_ids[rows, :width], own, which[rows])
@@ -162,7 +167,7 @@ def completion_log_probs(model: PreTrainedModel, prompt_ids: torch.Tensor, promp
     filled = (empty + 0.0 * last.sum()).index_put(where, logp)  # keeps the graph where no token counts
     return filled, empty.index_put(where, entropy), torch.zeros_like(completion_ids).index_put(where, best)
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #afe56a46
+# %% ../../nbs/policy/04_shared_prefix.ipynb #1a4f69b8
 def labelled_log_probs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor
                        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """log-prob (with gradient), entropy in nats and whether it is the likeliest, of each label but -100: (N,) each.
@@ -170,7 +175,8 @@ def labelled_log_probs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Te
     ids, mask, labels: (B, T), padded on the right; the first token of a row has no label.
     """
     states, targets, lengths = [], [], mask.sum(dim=1).tolist()
-    for rows in by_length([length if length > 1 else 0 for length in lengths]):
+    tokens = tokens_at_once(model.config.hidden_size)
+    for rows in by_length([length if length > 1 else 0 for length in lengths], tokens):
         width = lengths[rows[0]]
         wanted = labels[rows, 1:width]
         output = model.base_model(input_ids=ids[rows, :width], attention_mask=mask[rows, :width], use_cache=False)
@@ -182,7 +188,7 @@ def labelled_log_probs(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Te
     logp, entropy, best = head_log_probs(torch.cat(states), model.get_output_embeddings(), known)
     return logp, entropy, best == known
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #18cc35a7
+# %% ../../nbs/policy/04_shared_prefix.ipynb #73520911
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a log-prob in nats; half precision: a quarter of a nat
 
 
@@ -223,7 +229,7 @@ def takes_fast_path(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tenso
         _say_once(model.config._name_or_path, reason)
     return not reason
 
-# %% ../../nbs/policy/04_shared_prefix.ipynb #9bcc6b76
+# %% ../../nbs/policy/04_shared_prefix.ipynb #654c6472
 def add_shared_prefix(model: PreTrainedModel) -> None:
     """From now on `model(input_ids, attention_mask, completion_ids=..., completion_mask=..., temperature=...)` is
     `completion_log_probs`, and with `reply_labels` it is `labelled_log_probs`, also through wrappers of `model`; any
