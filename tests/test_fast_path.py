@@ -173,9 +173,20 @@ def test_what_it_does_not_know_goes_the_plain_way_with_one_line(capsys):
     window = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4))
     window.config._name_or_path = "a model with windows"
     ids = torch.randint(1, 211, (2, 6))
-    shared_prefix._say_once.cache_clear()
+    shared_prefix.say_plain.cache_clear()
     assert not any(takes_fast_path(window, ids, torch.ones_like(ids)) for _ in range(3))
     assert capsys.readouterr().out.count("a model with windows: posts are read once for each reply") == 1
+
+
+def test_a_trainer_with_settings_that_it_does_not_know_says_so(base, tmp_path, capsys):
+    model, tokenizer = load_policy(base)
+    shared_prefix.say_plain.cache_clear()
+    trainer = ReplyTrainer(
+        model, lambda completions, **_: [0.0] * len(completions),
+        GRPOConfig(str(tmp_path), entropy_coef=0.1, num_generations=2, per_device_train_batch_size=2, bf16=False,
+                   use_cpu=True, report_to="none"),
+        Dataset.from_dict({"prompt": ["storm"]}), processing_class=tokenizer, objective=Objective(0, 1, 0))
+    assert "posts are read once for each reply" in capsys.readouterr().out and not trainer._inner.fast_path
 
 
 def test_a_model_that_it_misreads_is_found_out_at_first_use(capsys):
@@ -190,7 +201,7 @@ def test_a_model_that_it_misreads_is_found_out_at_first_use(capsys):
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     ids = torch.randint(1, 211, (2, 6))
-    shared_prefix._say_once.cache_clear()
+    shared_prefix.say_plain.cache_clear()
     assert not takes_fast_path(model, ids, torch.ones_like(ids))
     assert "changes log-probs" in capsys.readouterr().out
 

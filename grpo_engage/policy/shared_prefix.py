@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['TOKENS_AT_ONCE', 'TOLERANCE', 'inner_model', 'head_log_probs', 'cannot_share', 'different_prompts', 'read_prompts',
            'cache_rows', 'tokens_at_once', 'by_length', 'completion_log_probs', 'labelled_log_probs',
-           'largest_difference', 'takes_fast_path', 'add_shared_prefix']
+           'largest_difference', 'say_plain', 'takes_fast_path', 'add_shared_prefix']
 
 # %% ../../nbs/policy/04_shared_prefix.ipynb #4030f109
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from types import MethodType
 
@@ -195,12 +196,13 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a log-prob in nats;
 @torch.no_grad()
 def largest_difference(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> float:
     """Between log-probs by `completion_log_probs` and by a plain pass, over the last tokens of two of the prompts `ids`
-    (B, P), padded on the left; 0 where they have a token or none."""
-    ids, mask, _ = different_prompts(ids[:64], mask[:64])
+    (B, P), padded on the left; NaN where none has two tokens."""
+    long = (mask.sum(dim=1) > 1).nonzero()[:64, 0]
+    if not len(long):
+        return math.nan
+    ids, mask, _ = different_prompts(ids[long], mask[long])
     ids, mask = ids[-2:], mask[-2:]
     last = min(8, int(mask.sum(dim=1).min()) - 1)
-    if last < 1:
-        return 0.0
     shared, _, _ = completion_log_probs(model, ids[:, :-last], mask[:, :-last], ids[:, -last:], mask[:, -last:])
     places = (mask.cumsum(dim=1) - 1).clamp(min=0)
     logits = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, -last - 1 : -1]
@@ -209,24 +211,27 @@ def largest_difference(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Te
 
 
 @functools.cache
-def _say_once(name: str, reason: str) -> None:
+def say_plain(name: str, reason: str) -> None:
+    """One line, once, that says why the model `name` goes the plain way."""
     say(f"{name or 'the model'}: posts are read once for each reply, because {reason}")
 
 
 def takes_fast_path(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> bool:
     """Whether replies to a post share its states in `model`: it says so (`model.fast_path`, if set), it can, and
-    its numbers agreed when it was first asked, with the prompts `ids` (B, P). model: without PEFT's wrapper."""
+    its numbers agreed when they were first compared, on the prompts `ids` (B, P). model: without PEFT's wrapper."""
     if not getattr(model, "fast_path", True):
         return False
     reason = cannot_share(model)
     if not reason and not getattr(model, "fast_path_agrees", False):
         difference = largest_difference(model, ids, mask)
+        if math.isnan(difference):  # nothing could be compared yet
+            return False
         model.fast_path_agrees = difference <= TOLERANCE.get(model.dtype, 0.25)
         if not model.fast_path_agrees:
             model.fast_path = False
             reason = f"sharing them changes log-probs by up to {difference:.2g}"
     if reason:
-        _say_once(model.config._name_or_path, reason)
+        say_plain(model.config._name_or_path, reason)
     return not reason
 
 # %% ../../nbs/policy/04_shared_prefix.ipynb #654c6472

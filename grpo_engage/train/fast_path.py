@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from ..policy.decoding import merged_adapters, sample_completions
-from ..policy.shared_prefix import add_shared_prefix, inner_model, takes_fast_path
+from ..policy.shared_prefix import add_shared_prefix, inner_model, say_plain, takes_fast_path
 from .stopping import SafeGRPOTrainer
 
 # %% ../../nbs/train/11_fast_path.ipynb #c1023c7a
@@ -33,6 +33,8 @@ class FastGRPOTrainer(SafeGRPOTrainer):
             or self.args.neftune_noise_alpha  # noise on the embeddings, drawn for each pass
             or getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False))
         if not known:
+            if getattr(self._inner, "fast_path", True):
+                say_plain(self._inner.config._name_or_path, "TRL has settings here that it does not know")
             self._inner.fast_path = False
         for policy in (self._inner, self.ref_model):
             if known and policy is not None:
