@@ -22,6 +22,7 @@ from ..base.settings import default_of, described
 from ..base.storage import check_path, check_writable, whole_path
 from ..data.sources import data_files, is_hub, is_pattern, whole_hub
 from ..evaluation.settings import check_participants
+from .data_card import add_card_arguments, run_card
 from .folders import is_busy, only_one, run_folder
 from grpo_engage.run.graph import (
     STAMP,
@@ -33,6 +34,7 @@ from grpo_engage.run.graph import (
     say_changes,
     stage_folder,
 )
+from .import_command import add_import_arguments, run_import
 from .listing import as_table, pass_at_10
 from .runner import LIBRARIES, failure_message, listed_verdicts, run_stage, snakemake
 from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
@@ -291,6 +293,8 @@ def _parser() -> argparse.ArgumentParser:
             ("repeats", int, 2, "how often each question is asked"), ("versus", str, "baseline", "the rival"),
             ("injected", int, 2, "pairs on which hidden orders are tried")):
         judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)
+    add_import_arguments(command("import", run_import, "make rows of what X, Reddit, PHEME or an archive exports"))
+    add_card_arguments(command("card", run_card, "write the data card of a run"))
     job = command("job", _job, "run one job inside a run's folder (Snakemake calls this)")
     job.add_argument("stage")
     job.add_argument("--arm", default="")
