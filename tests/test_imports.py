@@ -20,12 +20,13 @@ from grpo_engage.run.cli import main
 from grpo_engage.run.graph import made_from, outside_files
 from grpo_engage.run.settings import load_preset, resolve_config
 
-TEXTS = ["Ist die Brücke zu? @Ada_L", "橋は閉まっていますか 🌉", "AT&amp;T &lt;3 and 5 &gt; 4", "هل الجسر مغلق؟", "=SUM(A1) @bob",
-         "so \ud83d", "line\none\u2028two", "&amp;lt;b&amp;gt;", "<script>alert(1)</script>", "a\0b", "x" * 50_000, "  "]
+TEXTS = ["Ist die Brücke zu? @Ada_L", "橋は閉まっていますか 🌉", "AT&amp;T &lt;3 and 5 &gt; 4", "هل الجسر مغلق؟",
+         "=SUM(A1) @bob", "so \ud83d", "line\none\u2028two", "&amp;lt;b&amp;gt;", "<script>alert(1)</script>", "a\0b",
+         "x" * 50_000, "  "]
 
 
 def accounted(out):
-    """The report of an import; every post that was read is in exactly one place, and the rows are read back as they are."""
+    """The report of an import: every post that was read is in exactly one place, and the rows are read back."""
     report = read_json(out.with_suffix("").with_suffix(".import.json"))
     counts = report["counts"]
     assert counts["read"] == counts["pairs"] + counts["posts"] + counts["rejected"]
@@ -45,7 +46,8 @@ def x_tweet(number, parent=None, **changes):
 
 
 def test_pages_of_x(tmp_path):
-    users = [{"id": str(i), "username": f"Person_{i}", "public_metrics": {"followers_count": 100 * i}} for i in range(2)]
+    users = [{"id": str(i), "username": f"Person_{i}", "public_metrics": {"followers_count": 100 * i}}
+             for i in range(2)]
     page = {"data": [x_tweet(1), *(x_tweet(10 + i, 1, text=text) for i, text in enumerate(TEXTS)), x_tweet(30, 99),
                      x_tweet(31, 98), x_tweet(32, 1, public_metrics=None), x_tweet(33, 1), x_tweet(33, 1),
                      x_tweet(34, 1, edit_history_tweet_ids=["5", "34"]), x_tweet(35, 1, created_at=None),

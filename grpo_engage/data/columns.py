@@ -63,7 +63,7 @@ def _inside(record: Mapping, path: str) -> Any:
         record = record.get(part) if isinstance(record, Mapping) else None
     return record
 
-
+# %% ../../nbs/data/13_columns.ipynb #9b72aab7
 class Columns:
     """The file's own names and numbers: `mapping` as `parse_mapping` takes it, `thousands` as `parse_count` does.
 
@@ -109,7 +109,7 @@ def counts(record: Any, thousands: str = "auto") -> tuple[Any, bool]:
             rounded |= was_rounded
     return (record | changed if changed else record), rounded
 
-
+# %% ../../nbs/data/13_columns.ipynb #10a81c00
 def absent_fields(found: Sequence[str]) -> list[str]:
     """Our numbers that are not in the header `found`. Raises: ValueError for a misspelt one or a required one."""
     missing = [field for field in REQUIRED_FIELDS if field not in found]

@@ -31,7 +31,7 @@ def open_packed(path: Path) -> BinaryIO:
 
     return pa.input_stream(str(path), compression="zstd")
 
-
+# %% ../../nbs/data/18_documents.ipynb #14aff5a8
 def _lines(path: Path) -> Iterator[tuple[int, bytes, str | None]]:
     try:
         with open_packed(path) as stream:
@@ -40,7 +40,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, str | None]]:
         raise ValueError(f"{path} cannot be read ({error}). A dump packed with a long window is unpacked with "
                          f"`zstd -d --long=31 FILE`.") from error
 
-
+# %% ../../nbs/data/18_documents.ipynb #abad9d2d
 def _parsed(line: bytes, problem: str | None = None) -> Any:
     if problem:
         raise RowError(problem)
@@ -60,7 +60,7 @@ def _is_lines(lines: Iterable[tuple[int, bytes, str | None]]) -> bool:
             return True
     return False
 
-
+# %% ../../nbs/data/18_documents.ipynb #1e682c16
 def _document(path: Path) -> Any:
     with open_packed(path) as stream:
         content = stream.read(MAX_DOCUMENT_BYTES + 1)
@@ -69,7 +69,7 @@ def _document(path: Path) -> Any:
     content = re.sub(rb"\A\s*window\.YTD\.\w+\.part\d+\s*=\s*", b"", content.removeprefix(b"\xef\xbb\xbf"))
     return _parsed(content.strip().removesuffix(b";"))
 
-
+# %% ../../nbs/data/18_documents.ipynb #c4cee722
 def documents(path: Path, name: str = "") -> Iterator[tuple[Place, Any] | Refusal]:
     """(place, value) for each line of JSON Lines, else for the one document; a Refusal for what is no JSON.
 
@@ -92,12 +92,12 @@ def documents(path: Path, name: str = "") -> Iterator[tuple[Place, Any] | Refusa
         except RowError as error:
             yield Refusal(Place(name, f"line {number}"), str(error), line)
 
-
+# %% ../../nbs/data/18_documents.ipynb #48a1bcda
 def item_place(place: Place, number: int, what: str) -> Place:
     """The place of the item `number` of several in one line or document."""
     return place._replace(spot=", ".join(filter(None, [place.spot, f"{what} {number}"])))
 
-
+# %% ../../nbs/data/18_documents.ipynb #640de297
 def whole_number(value: Any) -> int | None:
     """A count as services write it, 3 or "3"; None where it is neither."""
     if isinstance(value, str) and value.lstrip("-").isdecimal() and value.isascii() and len(value) < 19:
@@ -106,7 +106,7 @@ def whole_number(value: Any) -> int | None:
         return None
     return int(value) if value == int(value) else None
 
-
+# %% ../../nbs/data/18_documents.ipynb #5d4d0780
 def seconds_of(value: Any) -> float | None:
     """Seconds since 1970 from ISO with a zone, Twitter's "Wed Jan 07 11:06:08 +0000 2015", or a number; else None."""
     if (number := whole_number(value)) is not None:

@@ -28,7 +28,7 @@ def hub_revision(path: str) -> str:
         raise ValueError(f"{path}: the Hub does not give this data set ({type(error).__name__}: {str(error)[:300]}). "
                          "Check its name, HF_TOKEN if it is not public, and the network.") from error
 
-
+# %% ../../nbs/data/15_hub.ipynb #2ae16f80
 def _splits(path: str, revision: str) -> dict[str, Any]:
     """The streams of a data set's splits by name. Raises: ValueError with what the library says."""
     from datasets import load_dataset
@@ -52,7 +52,7 @@ def _add(tables: PairTables, number: int, record: Any) -> None:
     else:
         tables.add(number, named, excerpt(record))
 
-
+# %% ../../nbs/data/15_hub.ipynb #1511b5e8
 def read_hub(path: str, tables: PairTables) -> None:
     """Add every row of the data set to `tables`, each split as a file of its own, with the revision that was read.
 

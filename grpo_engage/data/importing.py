@@ -56,7 +56,7 @@ def _inputs(format: str, paths: list[Path]) -> list[Path]:
         raise ValueError(f"{', '.join(map(str, paths))}: there is no file in it")
     return found
 
-
+# %% ../../nbs/data/23_importing.ipynb #40dad7b2
 def read_posts(format: str, paths: list[Path]) -> Iterator[Post | Refusal]:
     """Every post in the files and folders `paths`. Raises: ValueError for a path without anything of the format."""
     if format in _PAGES:
@@ -77,7 +77,7 @@ def _why_not(post: Post, parent: Post | None, direct: bool, keep_edited: bool) -
         return f"what it replies to is gone: {parent.fault}"
     return "it replies to a reply (--direct)" if direct and parent.parent else ""
 
-
+# %% ../../nbs/data/23_importing.ipynb #03240db9
 def pair_row(number: int, post: Post, parent: Post, names: Pseudonyms, source: str) -> dict[str, Any]:
     """The row of a reply and its post, as `read_pairs` gives it back. Raises: RowError with the reason."""
     known = None not in (post.created, parent.created)
@@ -99,7 +99,7 @@ def _written(row: dict) -> dict:
     return kept | {name: int(value) if value is not None and value == int(value) else value
                    for name, value in numbers.items()}
 
-
+# %% ../../nbs/data/23_importing.ipynb #e3e5e6f9
 @contextmanager
 def row_writer(path: Path, kind: str):
     """A function that writes one row to `path`, as jsonl (packed where the name ends in .gz) or parquet."""
@@ -146,8 +146,8 @@ def import_pairs(format: str, paths: list[str | Path], out: str | Path, keep_han
     format: of FORMATS. keep_handles: no pseudonyms; direct: only replies to posts that reply to nothing; keep_edited:
     edited replies too. Returns what .import.json holds: counts (read = pairs + posts + rejected), refusals by reason,
     the share of pairs in which each number is known, and the circumstances that the format offers. Raises: ValueError
-    for a format or an ending that is unknown, for an `out` among what is read, and where nothing becomes a pair; OSError
-    for what cannot be read or written.
+    for a format or an ending that is unknown, for an `out` among what is read, and where nothing becomes a pair;
+    OSError for what cannot be read or written.
     """
     given, target = [whole_path(path, "import") for path in paths], whole_path(out, "--out")
     kind = kind_of(target)

@@ -127,7 +127,7 @@ def reasons_of(rejected: pd.DataFrame) -> pd.Series:
     bare = rejected.reason.str.replace(r"^(?:in .*?, )?(?:line|row) \d+: ", "", regex=True)
     return bare.str.split(":").str[0].value_counts()
 
-
+# %% ../../nbs/01_data.ipynb #2a8ed322
 def _read(given: DataSettings, folder: Path) -> tuple[pd.DataFrame, dict]:
     """The usable pairs and the counts of rows. Writes rejected.csv; says how many rows were refused and why, what was
     mended, and which numbers are nowhere. ValueError when nothing is left."""

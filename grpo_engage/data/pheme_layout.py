@@ -47,7 +47,7 @@ def _one(path: Path, root: Path) -> tuple[Place, Any]:
         return place, Refusal(place, reason)
     return place, found[0][1]
 
-
+# %% ../../nbs/data/21_pheme_layout.ipynb #942ab92b
 def _names(tree: Any) -> Iterator[str]:
     waiting = [tree]
     while waiting:
@@ -56,7 +56,7 @@ def _names(tree: Any) -> Iterator[str]:
             yield from one
             waiting += one.values()
 
-
+# %% ../../nbs/data/21_pheme_layout.ipynb #d793e2e8
 def _thread(folder: Path, root: Path) -> Iterator[Post | Refusal]:
     event = folder.parent.parent.name.removesuffix("-all-rnr-threads")
     meta = {"event": event, "rumour": folder.parent.name == "rumours"}
@@ -78,7 +78,7 @@ def _thread(folder: Path, root: Path) -> Iterator[Post | Refusal]:
         for _ in {*_names(tree)} - seen:
             yield Refusal(place, "a tweet of the thread has no file: it was deleted before it was collected")
 
-
+# %% ../../nbs/data/21_pheme_layout.ipynb #12ef754c
 def pheme_posts(root: Path) -> Iterator[Post | Refusal]:
     """Every tweet beneath `root`, an unpacked archive of PHEME or a part of it. Raises: ValueError for none."""
     threads = sorted({path.parent for path in root.rglob("source-tweet*") if path.is_dir()})

@@ -54,7 +54,7 @@ def _plain(value: Any) -> Any:
     # what UTF-8 cannot hold (half an emoji) would stop the database; the row is refused for this mark later
     return re.sub("[\ud800-\udfff]", "\ufffd", value) if isinstance(value, str) and not value.isascii() else value
 
-
+# %% ../../nbs/data/16_posts.ipynb #47353ebb
 class PostStore:
     """Posts on the disk; use it in a `with`. Memory stays at some megabytes, whatever is added."""
 

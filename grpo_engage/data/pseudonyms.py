@@ -28,7 +28,7 @@ def import_key(files: Sequence[Path]) -> bytes:
     content = own or "".join(sorted(file_sha256(path) for path in files))
     return hashlib.sha256(f"grpo_engage pseudonyms: {content}".encode("utf-8", "surrogateescape")).digest()
 
-
+# %% ../../nbs/data/17_pseudonyms.ipynb #e7881efb
 class Pseudonyms:
     """Names for `key`; `keep`: everything stays as it is."""
 

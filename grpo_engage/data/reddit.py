@@ -25,7 +25,7 @@ def _text(item: dict) -> str | None:
         return None
     return f"{item['title']}\n\n{own}" if own.strip() else str(item["title"])
 
-
+# %% ../../nbs/data/20_reddit.ipynb #6035c001
 def _fault(item: dict, score: int | None) -> str:
     if item.get("score_hidden") is True:
         return "its score was hidden when it was collected"
@@ -35,7 +35,7 @@ def _fault(item: dict, score: int | None) -> str:
         return "edited: its score belongs to more than one text"
     return "" if "body" not in item or str(item.get("parent_id"))[:3] in ("t1_", "t3_") else "no parent_id (t1_ or t3_)"
 
-
+# %% ../../nbs/data/20_reddit.ipynb #48a2987e
 def reddit_post(item: Any, place: Place) -> Post | Refusal:
     """A comment or a submission of Reddit as a Post."""
     if not isinstance(item, dict) or not ("body" in item or "title" in item) or not item.get("id"):

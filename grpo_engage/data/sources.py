@@ -38,7 +38,7 @@ def is_pattern(path: str | Path) -> bool:
     """Whether `path` is no file or folder, and has a character of patterns."""
     return not os.path.lexists(path) and glob.has_magic(str(path))
 
-
+# %% ../../nbs/data/14_sources.ipynb #32d845eb
 def data_files(path: str | Path) -> list[Path]:
     """The files of a path, a folder or a pattern, from the root on, sorted.
 
@@ -79,7 +79,7 @@ def is_hub(path: str | Path) -> bool:
     """Whether a data path means a data set and no file."""
     return str(path).startswith(HUB)
 
-
+# %% ../../nbs/data/14_sources.ipynb #0dfe943a
 def hub_address(path: str) -> HubAddress:
     """The parts of "hub:NAME[@REVISION][#[CONFIGURATION/]SPLIT]". Raises: ValueError for what is no such address."""
     check_path(path, "data_path")
@@ -94,7 +94,7 @@ def hub_address(path: str) -> HubAddress:
     configuration, _, split = part.rpartition("/")
     return address._replace(configuration=configuration, split=split)
 
-
+# %% ../../nbs/data/14_sources.ipynb #1e8dd738
 def whole_hub(path: str) -> str:
     """The address with its folder, where it has one, from the root on."""
     address = hub_address(path)

@@ -27,7 +27,7 @@ def archive_files(path: Path) -> list[Path]:
         raise ValueError(f"{path} has no data/tweets.js: unpack the archive and name its folder")
     return sorted(found, key=lambda file: (len(file.name), file.name))
 
-
+# %% ../../nbs/data/22_twitter_archive.ipynb #c2c64f25
 def _account(folder: Path) -> str:
     if not (folder / "account.js").is_file():
         return ""
@@ -53,7 +53,7 @@ def _archived(item: Any, place: Place, author: str) -> Post | Refusal:
     fault = f"edited ({count} versions): its likes belong to more than one text" if count > 1 and not post.fault else ""
     return post._replace(author=author, followers=None, fault=post.fault or fault)
 
-
+# %% ../../nbs/data/22_twitter_archive.ipynb #bb89ff18
 def archive_posts(path: Path) -> Iterator[Post | Refusal]:
     """Every tweet of the archive, with its thread: the first of one's own tweets that its replies lead back to."""
     found, parents = [], {}

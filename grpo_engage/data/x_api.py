@@ -20,7 +20,7 @@ def _reference(tweet: dict, kind: str) -> str:
     found = tweet.get("referenced_tweets") or []
     return next((str(one.get("id")) for one in found if isinstance(one, dict) and one.get("type") == kind), "")
 
-
+# %% ../../nbs/data/19_x_api.ipynb #d2a313ac
 def _fault(tweet: dict, likes: int | None) -> str:
     history = tweet.get("edit_history_tweet_ids") or []
     if _reference(tweet, "retweeted"):
@@ -33,7 +33,7 @@ def _fault(tweet: dict, likes: int | None) -> str:
         return "no public_metrics.like_count (ask for tweet.fields=public_metrics)"
     return ""
 
-
+# %% ../../nbs/data/19_x_api.ipynb #d382f6cd
 def tweet_post(tweet: Any, place: Place, users: dict, context: bool = False) -> Post | Refusal:
     """One tweet of the API as a Post; `users`: from id to what the API says of a user."""
     if not isinstance(tweet, dict) or not tweet.get("id") or not isinstance(tweet.get("text"), str):
@@ -64,7 +64,7 @@ def _lost(error: Any, place: Place) -> Post | Refusal:
 def _listed(value: Any) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
 
-
+# %% ../../nbs/data/19_x_api.ipynb #65470342
 def x_posts(place: Place, value: Any) -> Iterator[Post | Refusal]:
     """The posts of a page, a stream's object, a tweet or a list of these, those that were referred to last."""
     if isinstance(value, list):

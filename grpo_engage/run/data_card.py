@@ -71,13 +71,14 @@ def _table(names: list[str], rows: list) -> list[str]:
     filled = [f"| {' | '.join(map(_safe, row))} |" for row in rows]
     return [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}", *filled, ""]
 
-
+# %% ../../nbs/run/15_data_card.ipynb #fc95f450
 def card_text(card: Mapping) -> str:
     """The card as Markdown."""
     counts = card["counts"]
     lines = ["# Data card", "", f"{counts['pairs']:,} pairs of post and reply in {counts['conversations']:,} "
-             f"conversations, of {counts['rows']:,} rows ({counts['rejected']:,} rejected). Handles that are no pseudonyms "
-             f"stand in {card['handles']:.1%} of replies. SHA-256 of `pairs.parquet`: `{card['pairs_sha256']}`.", ""]
+             f"conversations, of {counts['rows']:,} rows ({counts['rejected']:,} rejected). Handles that are no "
+             f"pseudonyms stand in {card['handles']:.1%} of replies. SHA-256 of `pairs.parquet`: "
+             f"`{card['pairs_sha256']}`.", ""]
     lines += ["## Splits", "", *_table(["split", "conversations", "pairs"], [
         (name, split["conversations"], split["pairs"]) for name, split in card["splits"].items()])]
     shapes = ["quantity", "n", "share_null", "share_zero", "median", "p90", "p99", "max"]

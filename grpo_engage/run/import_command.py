@@ -26,7 +26,7 @@ def import_report(report: dict, out: str) -> str:
                      "their likes")
     return "\n".join(lines)
 
-
+# %% ../../nbs/run/14_import_command.ipynb #1292d63a
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `import`."""
     parser.add_argument("format", choices=FORMAT_NAMES, help="x: X API v2 JSON; reddit: dumps of comments and "
