@@ -103,7 +103,7 @@ def second_value(entry):
 # Groups that a consumer takes whole, as keyword arguments of its own, so that one it does not know is a TypeError.
 WHOLE = {"Adapter", "Loading", "EvaluationSampling", "HeuristicSettings"}
 # Fields that a run of the simulator in one process on a CPU has no use for (micro_batch_size: by value, below).
-ELSEWHERE = {"data_path", "accelerate_config", "vllm_memory", "micro_batch_size",
+ELSEWHERE = {"data_path", "columns", "separator", "thousands", "accelerate_config", "vllm_memory", "micro_batch_size",
              "safety_labels",  # wants a classifier: tests/test_safety_model.py
              "own_kept"}  # wants own_samples: tests/test_arms.py
 CHECKS = {"check", "check_training", "check_participants", "check_rivals", "__post_init__", "__repr__", "__eq__"}

@@ -7,6 +7,7 @@ __all__ = ['run_status', 'main']
 
 # %% ../../nbs/run/02_cli.ipynb #c002
 import argparse
+import json
 import math
 import os
 import shutil
@@ -19,7 +20,9 @@ from ..base.environment import own_environment, refuse_launcher
 from ..base.processes import end_with
 from ..base.settings import default_of, described
 from ..base.storage import check_path, check_writable, whole_path
+from ..data.sources import data_files, is_hub, is_pattern, whole_hub
 from ..evaluation.settings import check_participants
+from .data_card import add_card_arguments, run_card
 from .folders import is_busy, only_one, run_folder
 from grpo_engage.run.graph import (
     STAMP,
@@ -31,6 +34,7 @@ from grpo_engage.run.graph import (
     say_changes,
     stage_folder,
 )
+from .import_command import add_import_arguments, run_import
 from .listing import as_table, pass_at_10
 from .runner import LIBRARIES, failure_message, listed_verdicts, run_stage, snakemake
 from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
@@ -65,10 +69,18 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
     """Resolve preset and overrides; nothing is written yet."""
     overrides = list(args.parameter or [])
     if args.data:
-        path = whole_path(args.data, "--data")
-        if not path.is_file():
-            raise ValueError(f"--data {args.data}: there is no such file")
+        if is_hub(args.data):
+            path = whole_hub(args.data)
+        else:
+            path = whole_path(args.data, "--data")
+            if not path.exists() and not is_pattern(path):
+                raise ValueError(f"--data {args.data}: there is no such file")
+            data_files(path)  # says why where it has none
         overrides = ["data.source=file", f"data.data_path={path}", *overrides]
+    if args.map:
+        overrides.append(f"data.columns={json.dumps(args.map)}")
+    if args.separator:
+        overrides.append(f"data.separator={args.separator}")
     name = Path(args.preset).stem  # a preset may be a file of one's own
     config = resolve_config(load_preset(args.preset), overrides) | {"preset": name}
     if config["stages"]["data"]["source"] == "file" and not config["stages"]["data"]["data_path"]:
@@ -245,7 +257,11 @@ def _parser() -> argparse.ArgumentParser:
     def preset(sub: argparse.ArgumentParser, required: bool = True) -> None:
         sub.add_argument("--preset", required=required, help="a file of configs/, without .yaml, or your own")
         sub.add_argument("--run", default="", help="name of the run's folder (default: the preset's name)")
-        sub.add_argument("--data", default="", help="your posts and replies: .jsonl, .jsonl.gz, .csv or .parquet")
+        sub.add_argument("--data", default="", help="your posts and replies: a file (.jsonl, .csv, .parquet, .gz), a "
+                                                    "folder, a pattern in quotation marks, or hub:OWNER/NAME")
+        sub.add_argument("--map", action="append", metavar="FIELD=NAME",
+                         help="your name of a column, such as reply=body; may be repeated")
+        sub.add_argument("--separator", default="", help="of a CSV: comma, tab, semicolon or pipe (default: auto)")
         sub.add_argument("-p", "--parameter", action="append", metavar="NAME=VALUE",
                          help="override: NAME, STAGE.NAME or train.ARM.NAME; may be repeated")
 
@@ -277,6 +293,8 @@ def _parser() -> argparse.ArgumentParser:
             ("repeats", int, 2, "how often each question is asked"), ("versus", str, "baseline", "the rival"),
             ("injected", int, 2, "pairs on which hidden orders are tried")):
         judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)
+    add_import_arguments(command("import", run_import, "make rows of what X, Reddit, PHEME or an archive exports"))
+    add_card_arguments(command("card", run_card, "write the data card of a run"))
     job = command("job", _job, "run one job inside a run's folder (Snakemake calls this)")
     job.add_argument("stage")
     job.add_argument("--arm", default="")

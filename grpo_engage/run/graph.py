@@ -26,6 +26,7 @@ from grpo_engage.base.source_code import (
     without_prose,
 )
 from ..base.storage import whole_path
+from ..data.sources import data_files, hub_address, is_hub, is_pattern
 from ..policy.settings import is_folder_name
 from .settings import STAGES, notebook_of
 from ..train.objective import RIVAL_ARMS, trainable_arm
@@ -116,12 +117,26 @@ def job_needs(config: dict, *job) -> list[Job]:
     return sorted(found, key=str)
 
 # %% ../../nbs/run/04_graph.ipynb #c012
+def _named_data(path: str) -> dict[str, str | Path]:
+    """What `data_path` names: a file or a folder, the files of a pattern, the folder of a data set, or nothing here."""
+    if is_hub(path):
+        address = hub_address(path)
+        return {"data_path": address.name} if address.is_folder else {}
+    if not is_pattern(path):
+        return {"data_path": path}
+    try:
+        files = data_files(path)
+    except FileNotFoundError:
+        return {"data_path": path}  # which `refuse_missing_files` then says
+    return {f"data_path: {file}": file for file in files}
+
+
 def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
     """The files outside the run that a job reads, by the parameter (or the place in the repository) that names them."""
     given = config["stages"]["train"][arm] if stage == "train" else config["stages"][stage]
     named = {}
     if stage == "data" and given["source"] == "file":
-        named["data_path"] = given["data_path"]
+        named |= _named_data(given["data_path"])
     elif stage == "policy" and is_folder_name(given["policy"]):
         named["policy"] = given["policy"]
     elif stage == "train" and given.get("accelerate_config"):
@@ -200,7 +215,7 @@ def stage_code(stage: str) -> dict[str, str]:
 def made_from(run_dir: Path, config: dict, *job) -> dict[str, dict]:
     """What `job` would be made from now: `code`, `parameters`, files `outside` the run and what it `reads` in it."""
     outside = {name: content_hash(path) for name, path in outside_files(config, *job[:2]).items()}
-    places = {"data_path", *(name.partition(":")[0] for name in outside)}
+    places = {name.partition(":")[0] for name in outside}  # a data set of the Hub is no place: its name stays
     parameters = {name: value for name, value in job_parameters(config, *job).items() if name not in places}
     # as JSON has it: what is compared comes from a manifest
     return json.loads(json.dumps({"code": stage_code(job[0]), "parameters": parameters, "outside": outside,

@@ -21,6 +21,7 @@ from ..base.core import REPO_ROOT
 from ..base.settings import Settings, cell_source, checked, nearest, refuse_secret, setting
 from ..base.storage import check_path, whole_path
 from ..data.settings import DataSettings
+from ..data.sources import is_hub, whole_hub
 from ..evaluation.settings import EvaluationSettings
 from ..paper.settings import PaperSettings
 from ..policy.settings import PolicySettings, is_folder_name
@@ -210,6 +211,8 @@ def located(entry: Field, value: object) -> object:
     """
     if not entry.metadata["path"] or not value:
         return value
+    if entry.name == "data_path" and is_hub(value):
+        return whole_hub(value)
     if isinstance(value, list):
         return [located(entry, part) for part in value]
     check_path(value, entry.name)
