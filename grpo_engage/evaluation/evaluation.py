@@ -32,6 +32,7 @@ from .generation import COLUMNS, Job, generate_part, plan_jobs
 from .ladder import ladder_rungs, rung_scorers, write_ladder
 from .pictures import draw_figures
 from .post_metrics import metrics_by_post
+from .report import write_report
 from .robustness import gate_notes, judge_verdict, mark_unshared, robustness_table
 from .safety_change import mark_safety, safety_change, worsened
 from grpo_engage.evaluation.scoring import (
@@ -229,7 +230,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
 
 # %% ../../nbs/08_evaluation.ipynb #c017
 def evaluation_stage(run_dir: Path, settings: EvaluationSettings | None = None, **changes: object) -> pd.DataFrame:
-    """Generate and score replies of every arm; writes run_dir/evaluation and returns metrics.csv.
+    """Generate and score replies of every arm; writes run_dir/evaluation and report.html, and returns metrics.csv.
 
     settings: see `EvaluationSettings`. Reads data/pairs.parquet, policy/policy.json, reward_model/ and
     train/<arm>/seed<k>/adapter. The policy without adapter ("base"), and whatever else has no training seed, stands
@@ -262,4 +263,5 @@ def evaluation_stage(run_dir: Path, settings: EvaluationSettings | None = None, 
         manifest["cautions"] = pd.read_csv(folder / "cautions.csv")["text"].tolist()
         manifest["warnings"] = pd.read_csv(folder / "notes.csv")["note"].tolist()
         manifest |= recorded_verdicts(read_verdicts(run_dir))
+    write_report(run_dir)  # after the manifest, which tells of time and memory
     return table
