@@ -99,7 +99,8 @@ def cautions_of(run_dir: Path, own_data: bool) -> pd.DataFrame:
     manifests = [read_json(path) for path in sorted((run_dir / "train").glob("*/*/manifest.json"))]
     overridden = any(facts.get("reward_validated") is False for facts in manifests)
     verdicts = read_verdicts(run_dir) if overridden or frozen["judge"] == "model" else {}
-    policy = read_json(run_dir / "policy" / "policy.json")["name"] if own_data else ""
+    # replies are scored without a policy too: where it is not there, nobody knows who wrote them
+    policy = read_json(path)["name"] if (path := run_dir / "policy" / "policy.json").exists() else ""
     n_test = int(trained.loc[trained["metric"] == "pass@10", "n"].max())
     found = of_posts(n_test, int(frozen["n_posts"]))
     found += of_models(verdicts, frozen["judge"], overridden, policy, own_data)

@@ -146,20 +146,20 @@ def report_page(run_dir: Path) -> str:
     """The report of a run as one HTML page, of what its stages have left so far. Raises: FileNotFoundError without any.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "data" / "manifest.json").exists():
-        raise FileNotFoundError(f"{run_dir} holds no run: there is no data/manifest.json")
+    if not any(run_dir.glob("*/manifest.json")):
+        raise FileNotFoundError(f"{run_dir} holds no run: no stage has left a manifest.json")
     folder = run_dir / "evaluation"
     path = folder / "cautions.csv"
     cautions = pd.read_csv(path).to_dict("records") if path.exists() else []
     policy = read_json(path) if (path := run_dir / "policy" / "policy.json").exists() else {}
     config = read_json(path) if (path := run_dir / "config.json").exists() else {}
     answer = path.read_text(encoding="utf-8") if (path := folder / "recommendation.txt").exists() else ""
-    manifest = read_json(run_dir / "data" / "manifest.json")
+    manifest = read_json(path) if (path := run_dir / "data" / "manifest.json").exists() else {}
     arms, replies = reply_rows(run_dir)
     costs, total = cost_rows(run_dir)
     return _PAGE.render(
         name=run_dir.resolve().name, preset=config.get("preset", "none"), policy=policy.get("name", "none yet"),
-        source=manifest["parameters"]["source"], started=manifest.get("started", ""),
+        source=manifest.get("parameters", {}).get("source", "unknown"), started=manifest.get("started", ""),
         commit=(manifest.get("git") or {}).get("commit") or "unknown", evaluated=bool(answer), answer=answer,
         cautions=cautions, no_evidence=any(row["kind"] in NO_EVIDENCE for row in cautions),
         verdicts=verdict_rows(run_dir), results=result_rows(run_dir), labels=list(SHOWN.values()),
