@@ -110,10 +110,12 @@ def cost_rows(run_dir: Path) -> tuple[list[dict], dict]:
     found = [(path.parent.relative_to(run_dir).as_posix(), read_json(path)) for path in paths]
     done = sorted(((name, facts) for name, facts in found if "wall_seconds" in facts),
                   key=lambda entry: entry[1].get("started", ""))
-    rows = [{"stage": name, "minutes": f"{facts['wall_seconds'] / 60:.1f}",
+    # job_seconds: with the start of the process, where the runner has noted it
+    seconds = {name: facts.get("job_seconds", facts["wall_seconds"]) for name, facts in done}
+    rows = [{"stage": name, "minutes": f"{seconds[name] / 60:.1f}",
              "memory": f"{facts['peak_memory'] / 1e9:.1f}" if facts.get("peak_memory") else "–"}
             for name, facts in done]
-    minutes = sum(facts["wall_seconds"] for _, facts in done) / 60
+    minutes = sum(seconds.values()) / 60
     config = read_json(path) if (path := run_dir / "config.json").exists() else {}
     price = config.get("stages", {}).get("paper", {}).get("usd_per_hour", 0)
     return rows, {"minutes": f"{minutes:.1f}", "usd": f"{minutes / 60 * price:.2f}" if price else None}
