@@ -76,6 +76,7 @@ def make_run(run_dir: Path, arms=("baseline", "grpo"), seeds=(0,), policy="nano"
         [(arm, heat, heat == 0.5, 0.4 + heat / 4, 0.02, 0.7 - heat / 9, 0.03, 16)
          for arm in arms for heat in (0.5, 1.0)],
         columns=["arm", "temperature", "chosen", "diversity", "diversity se", "pass@10", "pass@10 se", "n_posts"]))
+    write_csv(evaluation / "cautions.csv", pd.DataFrame([], columns=["kind", "arm", "short", "text"]))
     write_json(evaluation / "pass.json", {"tau": 0.7312, "validation_pass_at_10": 0.61, "warnings": [],
                                           "judge": "gold" if source == "simulator" else "model"})
     for arm in arms:
@@ -436,6 +437,18 @@ def test_a_judge_that_decides_and_did_not_pass_marks_every_table_and_the_text(tm
     write_json(path, {name: value for name, value in found.items() if name != "verdicts"})
     with pytest.raises(ValueError, match="run the stage reward_model again"):
         stage(run_dir)
+
+
+def test_too_few_posts_and_worse_safety_mark_every_table(tmp_path):
+    run_dir = make_run(tmp_path / "pilot")
+    write_csv(run_dir / "evaluation" / "cautions.csv", pd.DataFrame(
+        [("few posts", "", "4 test posts", "only 4"), ("safety", "a_b", "safety worse: a_b", "worse"),
+         ("seeds", "", "one seed", "1 of 3")], columns=["kind", "arm", "short", "text"]))
+    stage(run_dir)
+    for table in sorted((run_dir / "paper" / "tables").glob("*.tex")):
+        text = table.read_text()
+        assert text.count(r"\textbf{4 test posts}") == 1 and text.count(r"\textbf{Safety worse: a\_b}") == 1
+        assert "One seed" not in text  # said in the text, of every run alike
 
 
 # ---- sentences that were wrong --------------------------------------------------------------------------------------

@@ -65,6 +65,23 @@ def test_a_run_leaves_notebook_manifest_and_tidy_files(finished):
     assert "loss" in done.stdout and "reward" in done.stdout  # the plain answer at the end
 
 
+def test_four_test_posts_are_shouted_wherever_the_numbers_are_shown(finished, runs):
+    """The pilot of four posts whose gibberish was said to beat people, without a word of warning."""
+    run_dir, done = finished
+    page = (run_dir / "report.html").read_text(encoding="utf-8")
+    assert "No evidence: nothing can be concluded from this run" in page and "<strong>4 test posts</strong>" in page
+    assert page.count("<img ") == page.count('<img src="data:image/png;base64,') == 4 and "<script" not in page
+    assert done.stdout.count("NO EVIDENCE: nothing can be concluded from this run (4 test posts; ") == 1
+    assert "note: " not in done.stdout and str(run_dir / "report.html") in done.stdout.splitlines()[-1]
+    listed = call(runs, *COMMAND[:3], "list")
+    assert "4 test posts; " in listed.stdout
+    metrics = pd.read_csv(run_dir / "evaluation" / "metrics.csv")
+    assert metrics.loc[metrics["n"] > 0, "warning"].str.contains("4 posts: fewer than 20|[123] posts").all()
+    assert all("4 test posts" in path.read_text() for path in (run_dir / "paper" / "tables").glob("*.tex"))
+    assert (run_dir / "evaluation" / "recommendation.txt").read_text().startswith("Iterate: only 4 test posts")
+    assert any("only 4 test posts" in said for said in read_json(run_dir / "evaluation" / "manifest.json")["cautions"])
+
+
 def test_every_figure_of_an_executed_notebook_is_a_picture(finished):
     run_dir, _ = finished
     shown = {}

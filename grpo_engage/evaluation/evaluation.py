@@ -17,14 +17,24 @@ from ..base.core import child_seed, read_json, say, stage_manifest, write_csv, w
 from ..base.plots import savefig, style
 from ..data.truth import gold_of
 from .arm_files import arm_file_name, file_replies
-from .conclusions import beside_projection, compare_arms, decide, mark_judge, recommend
+from .cautions import cautions_of, in_a_line, warn_of_posts
+from grpo_engage.evaluation.conclusions import (
+    beside_projection,
+    compare_arms,
+    decide,
+    mark_judge,
+    mark_posts,
+    recommend,
+)
 from .endpoints import at_best, endpoints, sampled_temperatures, write_endpoints
 from .equal_cost import at_equal_cost, costs_of
 from .generation import COLUMNS, Job, generate_part, plan_jobs
 from .ladder import ladder_rungs, rung_scorers, write_ladder
 from .pictures import draw_figures
 from .post_metrics import metrics_by_post
-from .robustness import disagreements, gate_notes, judge_verdict, mark_unshared, robustness_table
+from .report import write_report
+from .robustness import gate_notes, judge_verdict, mark_unshared, robustness_table
+from .safety_change import mark_safety, safety_change, worsened
 from grpo_engage.evaluation.scoring import (
     allowed,
     arms_reward,
@@ -114,8 +124,9 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
 
     Also writes into run_dir/evaluation: pass.json (unless it is there), scores.parquet, curves.csv, notes.csv,
     comparisons.csv (over posts), comparisons_by_seed.csv (over posts and seeds), robustness.csv, decision.csv,
-    projected.csv, recommendation.txt, systems.csv, ladder.csv, ladder_agreement.csv, training_path.csv, the endpoints
-    (temperatures.csv, primary.csv, frontier.csv, pass_rule.csv, see `evaluation/13_endpoints`), equal_cost.csv,
+    safety_change.csv, cautions.csv, projected.csv, recommendation.txt, systems.csv, ladder.csv, ladder_agreement.csv,
+    training_path.csv, the endpoints (temperatures.csv, primary.csv, frontier.csv, pass_rule.csv, see
+    `evaluation/13_endpoints`), equal_cost.csv,
     safety.json (what insults are counted by) and figures/. Raises ValueError when something that these need is missing.
     """
     given, run_dir = Scoring.given(settings, **changes), Path(run_dir)
@@ -172,13 +183,17 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     notes += [f"{arm}: trained by the simulator's truth: a ceiling, not a method" for arm in yardsticks
               if arm.startswith("oracle")]
     notes += [f"safety figures are counted: {named_sources(safety['sources'])}"]
+    table = warn_of_posts(table)
     write_csv(folder / "metrics.csv", table)
     write_csv(folder / "comparisons.csv", compare_with_baseline(by_post, n_boot, seed, rivals))
     names = by_post["arm"].unique()
-    write_csv(folder / "comparisons_by_seed.csv", pd.DataFrame(
+    by_seed = pd.DataFrame(
         {"arm": arm, "versus": versus, "metric": metric} | compare_arms(by_post, arm, versus, metric)
         for versus in ("baseline", *yardsticks) if versus in names
-        for metric in by_post["metric"].unique() for arm in names if arm != versus))
+        for metric in by_post["metric"].unique() for arm in names if arm != versus)
+    write_csv(folder / "comparisons_by_seed.csv", by_seed)
+    change = safety_change(by_seed[~by_seed["arm"].isin(rivals)], given.safety_margin)
+    write_csv(folder / "safety_change.csv", change)
     robustness = robustness_table(test, frozen, n_boot, seed)
     write_csv(folder / "robustness.csv", robustness)
     of_arms = by_post[~by_post["arm"].isin(rivals)]  # criteria are for what was trained
@@ -189,6 +204,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     write_endpoints(folder, found, marks)
     decision = mark_judge(mark_unshared(decide(of_arms, primary=found.primary, margin=given.margin), robustness),
                           judge_verdict(run_dir, judge_name))
+    decision = mark_safety(mark_posts(decision, test["post"].nunique()), change)
     write_csv(folder / "decision.csv", decision)
     write_csv(folder / "projected.csv", beside_projection(of_arms))
     (folder / "recommendation.txt").write_text(recommend(decision, found.primary) + "\n", encoding="utf-8")
@@ -200,11 +216,9 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     notes += [f"{row.arm} against baseline, {row.metric}: {row.conclusion} by {row.view} ({row.scorer}), unlike by the "
               "main judge" for row in robustness[~robustness["agrees"] & ~robustness["arm"].isin(rivals)].itertuples()]
     write_csv(folder / "notes.csv", pd.DataFrame({"note": notes}, dtype=str))
-    for note in notes:
-        say(f"note: {note}")
-    apart = [f"{arm} {metric} ({', '.join(views)})" for (arm, metric), views in disagreements(
-        robustness, set(of_arms["arm"])).items()]
-    say(f"differences from the baseline that not every judge shares: {'; '.join(apart) or 'none'}")
+    cautions = cautions_of(run_dir, own_data=truth is None)
+    write_csv(folder / "cautions.csv", cautions)
+    say(f"{in_a_line(cautions)}. {len(notes)} notes are in evaluation/notes.csv")
     draw_figures(folder, pairs)
     path = training_path(run_dir, trained, pairs)
     write_csv(folder / "training_path.csv", path)
@@ -216,7 +230,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
 
 # %% ../../nbs/08_evaluation.ipynb #c017
 def evaluation_stage(run_dir: Path, settings: EvaluationSettings | None = None, **changes: object) -> pd.DataFrame:
-    """Generate and score replies of every arm; writes run_dir/evaluation and returns metrics.csv.
+    """Generate and score replies of every arm; writes run_dir/evaluation and report.html, and returns metrics.csv.
 
     settings: see `EvaluationSettings`. Reads data/pairs.parquet, policy/policy.json, reward_model/ and
     train/<arm>/seed<k>/adapter. The policy without adapter ("base"), and whatever else has no training seed, stands
@@ -244,7 +258,10 @@ def evaluation_stage(run_dir: Path, settings: EvaluationSettings | None = None, 
         table = score_generations(run_dir, given.scoring)
         shutil.rmtree(folder / "parts")
         manifest["counts"] = {"replies": len(made), **{f"{s}_posts": len(p) for s, p in posts.items()}}
-        manifest["safety"] = read_json(folder / "safety.json")
+        manifest["safety"] = read_json(folder / "safety.json") | {
+            "worsened": worsened(pd.read_csv(folder / "safety_change.csv"))}
+        manifest["cautions"] = pd.read_csv(folder / "cautions.csv")["text"].tolist()
         manifest["warnings"] = pd.read_csv(folder / "notes.csv")["note"].tolist()
         manifest |= recorded_verdicts(read_verdicts(run_dir))
+    write_report(run_dir)  # after the manifest, which tells of time and memory
     return table

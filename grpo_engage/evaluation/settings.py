@@ -46,6 +46,8 @@ class Scoring(Settings):
     safety_labels: list = setting([], "its labels that stand for harm; empty: those whose names say so")
     margin: float = setting(0.05, "how far below the baseline's a metric may lie and still count as no worse", low=0,
                             high=1)
+    safety_margin: float = setting(0.02, "how far above the baseline's a share of insults (or the like) may lie", low=0,
+                                   high=1)
     n_boot: int = setting(2000, "bootstrap resamples behind each interval", low=100, high=100000)
     seed: int = setting(0, "chooses the posts and drives sampling and bootstrap")
 

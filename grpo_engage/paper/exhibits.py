@@ -64,11 +64,14 @@ def unvalidated(run: Run) -> bool:
 
 
 def gate_marks(run: Run) -> list[str]:
-    """What every table must say (LaTeX): that an arm's reward, or the judge that decides, did not pass its gate."""
+    """What every table must say (LaTeX): that an arm's reward, or the judge that decides, did not pass its gate, that
+    the posts are too few, that nano answered data that it cannot know, that an arm's safety worsened."""
     verdicts = verdicts_of(run.learned, run.name)
     asked = (["reward"] if unvalidated(run) else []) + (["judge"] if run.pass_rule["judge"] == "model" else [])
-    return [f"{name.capitalize()} not validated: {verdicts[name]['verdict']}" for name in asked
-            if name == "reward" or not verdicts[name]["validated"]]
+    marks = [f"{name.capitalize()} not validated: {verdicts[name]['verdict']}" for name in asked
+             if name == "reward" or not verdicts[name]["validated"]]
+    said = run.cautions[run.cautions["kind"].isin(["few posts", "policy", "safety"])]["short"]
+    return marks + [escape_latex(f"{short[:1].upper()}{short[1:]}") for short in said]
 
 
 def mark_unvalidated(table: str, mark: str = "Reward not validated") -> str:

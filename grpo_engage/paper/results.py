@@ -52,6 +52,7 @@ class Run:
     points: pd.DataFrame  # of the frontier
     curves: pd.DataFrame
     safety_sources: dict[str, str]  # what each safety metric is counted by
+    cautions: pd.DataFrame  # what undermines the run, see `evaluation/16_cautions`
 
 
 def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
@@ -66,7 +67,8 @@ def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
         "data/pairs.parquet", "data/rejected.csv", "heuristic_reward/validation.json",
         "reward_model/validation.json", "policy/policy.json", "evaluation/pass.json", "evaluation/metrics.csv",
         "evaluation/comparisons_by_seed.csv", "evaluation/primary.csv", "evaluation/frontier.csv",
-        "evaluation/frontier_points.csv", "evaluation/curves.csv", *(f"{folder}/train_log.csv" for folder in trained),
+        "evaluation/frontier_points.csv", "evaluation/curves.csv", "evaluation/cautions.csv",
+        *(f"{folder}/train_log.csv" for folder in trained),
         *(f"{folder}/verdict.json" for folder in trained),
         *(f"{folder}/manifest.json" for folder in (*STAGE_FOLDERS, *trained)))}  # fmt: skip
     missing = [name for name, path in needed.items() if not path.is_file()]
@@ -99,7 +101,8 @@ def load_run(run_dir: Path, arms: Sequence[str], seeds: Sequence[int]) -> Run:
         primary=pd.read_csv(needed["evaluation/primary.csv"]), frontier=pd.read_csv(needed["evaluation/frontier.csv"]),
         points=pd.read_csv(needed["evaluation/frontier_points.csv"]),
         curves=curves[curves["arm"].isin([*arms, "base"])],
-        safety_sources=read_sources(run_dir / "evaluation"))  # fmt: skip
+        safety_sources=read_sources(run_dir / "evaluation"),
+        cautions=pd.read_csv(needed["evaluation/cautions.csv"]))  # fmt: skip
 
 # %% ../../nbs/paper/00_results.ipynb #c008
 def pool_seeds(metrics: pd.DataFrame) -> pd.DataFrame:

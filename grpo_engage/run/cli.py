@@ -35,13 +35,14 @@ from grpo_engage.run.graph import (
     stage_folder,
 )
 from .import_command import add_import_arguments, run_import
-from .listing import as_table, pass_at_10
+from .listing import as_table, cautions_in_short, pass_at_10
+from .own_data import preset_for
 from .runner import LIBRARIES, failure_message, listed_verdicts, run_stage, snakemake
 from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
 
 # %% ../../nbs/run/02_cli.ipynb #c013
 def run_status(run_dir: Path) -> dict:
-    """One run in a line: preset, status, minutes, the gate's verdicts, and Pass@10 of each arm where it is known."""
+    """One run in a line: preset, status, minutes, the gate's verdicts, Pass@10 of each arm and what undermines it."""
     if not (run_dir / "config.json").exists():
         return {"run": run_dir.name, "status": "empty"}
     config = read_json(run_dir / "config.json")
@@ -62,6 +63,8 @@ def run_status(run_dir: Path) -> dict:
     row |= listed_verdicts(run_dir)
     if (metrics := run_dir / "evaluation" / "metrics.csv").exists():
         row |= pass_at_10(metrics)
+    if (cautions := run_dir / "evaluation" / "cautions.csv").exists():
+        row["cautions"] = cautions_in_short(cautions)
     return row
 
 # %% ../../nbs/run/02_cli.ipynb #c017
@@ -81,8 +84,11 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
         overrides.append(f"data.columns={json.dumps(args.map)}")
     if args.separator:
         overrides.append(f"data.separator={args.separator}")
-    name = Path(args.preset).stem  # a preset may be a file of one's own
-    config = resolve_config(load_preset(args.preset), overrides) | {"preset": name}
+    preset, line = preset_for(args.preset, overrides)
+    if line:
+        print(line)
+    name = Path(preset).stem  # a preset may be a file of one's own
+    config = resolve_config(load_preset(preset), overrides) | {"preset": name}
     if config["stages"]["data"]["source"] == "file" and not config["stages"]["data"]["data_path"]:
         raise ValueError(f"preset {args.preset!r} reads a file: give it with --data PATH (DATA=PATH for make)")
     return run_folder(args.run or name), config
@@ -102,6 +108,9 @@ def _summarise(run_dir: Path, config: dict) -> None:
             if verdict.exists():
                 print(f"{arm} (seed {seed}): {read_json(verdict)['text']}")
     print("  ".join(f"{key}: {value}" for key, value in run_status(run_dir).items()))
+    from grpo_engage.evaluation.report import write_report  # loads pandas, which a command does without
+
+    print(f"what may be concluded, the replies, the cost and what next: {write_report(run_dir)}")
 
 
 def _publish(run_dir: Path) -> None:
@@ -183,7 +192,7 @@ def _job(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     _, config = _start(args)
-    print(f"preset {args.preset!r} is valid: arms {', '.join(config['arms'])}; seeds {config['seeds']}; "
+    print(f"preset {config['preset']!r} is valid: arms {', '.join(config['arms'])}; seeds {config['seeds']}; "
           f"policy {config['stages']['policy']['policy']}; {len(jobs(config))} jobs")
     return 0
 

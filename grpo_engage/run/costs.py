@@ -132,7 +132,8 @@ def reading_work(counts: Counts) -> dict[str, float]:
 NO_DRIVERS = {"seed", "arm", "preset", "title", "usd_per_hour", "learning_rate", "learning_rate_supervised",
               "learning_rate_policy", "warmup_steps", "weight_decay", "alpha", "beta", "lam", "kl_weight",
               "advantage_clip", "reward_weight_learned", "reward_penalty", "allow_unvalidated_reward", "lora_alpha",
-              "target_pass_at_10", "margin", "smallest_gain", "retweet_weight", "data_path", "keep_checkpoints",
+              "target_pass_at_10", "margin", "safety_margin", "smallest_gain", "retweet_weight", "data_path",
+              "keep_checkpoints",
               "reward_pass_threshold", "confounding", "hidden_confounder", "early_advantage", "gold", "dropout"}
 
 

@@ -73,6 +73,7 @@ READS = {
               "reward_model/validation.json", "evaluation/pass.json", "evaluation/metrics.csv",
               "evaluation/comparisons_by_seed.csv", "evaluation/primary.csv", "evaluation/frontier.csv",
               "evaluation/frontier_points.csv", "evaluation/curves.csv", "evaluation/safety.json?",
+              "evaluation/cautions.csv",
               *(f"{stage}/manifest.json" for stage in ("data", "heuristic_reward", "reward_model", "policy",
                                                        "evaluation"))],
 }
@@ -89,7 +90,8 @@ WRITES = {
     "evaluation": ["generations.parquet", "scores.parquet", "pass.json", "metrics.csv", "comparisons.csv",
                    "comparisons_by_seed.csv", "temperatures.csv", "primary.csv", "frontier.csv",
                    "frontier_points.csv", "pass_rule.csv", "robustness.csv", "systems.csv", "ladder.csv",
-                   "ladder_agreement.csv", "curves.csv", "notes.csv", "safety.json"],
+                   "ladder_agreement.csv", "curves.csv", "notes.csv", "safety.json",
+                   "safety_change.csv", "cautions.csv"],
     "paper": ["macros.tex", "main.pdf"],
 }
 
