@@ -11,21 +11,24 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 
 import yaml
 
 # %% ../../nbs/base/03_settings.ipynb #c005
 def setting(default: object, help: str, *, low: float = -math.inf, high: float = math.inf,
-            choices: Sequence[str] = (), of: Sequence[str] = (), recorded: bool = True, path: bool = False) -> Field:
+            choices: Sequence[str] = (), of: Sequence[str] = (), recorded: bool = True, path: bool = False,
+            reads: Callable[[object], object] | None = None) -> Field:
     """A dataclass field with its default, what it means and what is allowed.
 
     low, high: range of a number, both ends included; choices: of a text; of: choices for the entries of a list;
-    recorded: whether the manifest shows it (False: it changes no result); path: whether it names files or folders.
+    recorded: whether the manifest shows it (False: it changes no result); path: whether it names files or folders;
+    reads: makes what the field holds of what was given, and raises ValueError for what cannot be; `choices` are then
+    only the words that it knows.
     """
     facts = {"help": help, "low": low, "high": high, "choices": tuple(choices), "of": tuple(of), "recorded": recorded,
-             "path": path}
+             "path": path, "reads": reads}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=facts)
     return field(default=default, metadata=facts)
@@ -59,14 +62,14 @@ _ACCEPTED = {int: (int,), float: (int, float), str: (str,), bool: (bool,), list:
 def checked(entry: Field, value: object) -> object:
     """`value` as the type of the field `entry`. Raises: ValueError that names parameter, value and what is allowed."""
     given, facts, kind = value, entry.metadata, entry.type
-    value = as_type(value, kind)
+    value = facts["reads"](value) if facts["reads"] else as_type(value, kind)
     if not isinstance(value, _ACCEPTED[kind]) or (isinstance(value, bool) and kind is not bool):
         raise ValueError(f"parameter {entry.name!r} must be of type {kind.__name__}, not {given!r}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"parameter {entry.name!r} must be a finite number, not {given!r}")
     if kind in (int, float) and not facts["low"] <= value <= facts["high"]:
         raise ValueError(f"parameter {entry.name!r} = {value} is outside {_range(entry)}")
-    if facts["choices"] and value not in facts["choices"]:
+    if facts["choices"] and not facts["reads"] and value not in facts["choices"]:
         raise ValueError(f"parameter {entry.name!r} = {value!r} is not one of {', '.join(facts['choices'])}"
                          f"{nearest(str(value), facts['choices'])}")
     for part in value if facts["of"] else ():

@@ -19,6 +19,7 @@ from .conclusions import compare_arms
 from .post_metrics import metrics_of_passes
 from .scoring import allowed, compare_with_baseline, rung_column
 from ..rewards.gate import read_verdicts
+from ..rewards.own_gate import failed_gates
 
 # %% ../../nbs/evaluation/05_robustness.ipynb #c005
 def length_controlled(scored: pd.DataFrame) -> np.ndarray:
@@ -105,8 +106,11 @@ def judge_verdict(run_dir: Path, judge_name: str) -> str:
 def gate_notes(run_dir: Path, judge_name: str, trained: Sequence[tuple[str, int]]) -> list[str]:
     """What must be said where the judge that decides, or a reward that an arm was trained by, did not pass its gate."""
     paths = [Path(run_dir) / "train" / arm / f"seed{seed}" / "manifest.json" for arm, seed in trained]
-    overridden = any(read_json(path).get("reward_validated") is False for path in paths if path.exists())
-    asked = (["judge"] if judge_name == "model" else []) + (["reward"] if overridden else [])
-    verdicts = read_verdicts(run_dir) if asked else {}
-    return [f"the learned {name} did not pass its gate, {verdicts[name]['text']}: nothing that rests on it is evidence"
-            for name in asked if not verdicts[name]["validated"]]
+    manifests = [facts for path in paths if path.exists() and "reward_validated" in (facts := read_json(path))]
+    overridden = any(facts["reward_validated"] is False for facts in manifests)
+    verdicts = read_verdicts(run_dir) if overridden or judge_name == "model" else {}
+    failed = {"learned judge": verdicts["judge"]} if judge_name == "model" else {}
+    failed |= {f"reward {name}" if name else "learned reward": found for name, found in
+               (failed_gates(manifests, verdicts) if overridden else {}).items()}
+    return [f"the {name} did not pass its gate, {found['text']}: nothing that rests on it is evidence"
+            for name, found in failed.items() if not found["validated"]]

@@ -15,6 +15,7 @@ from ..base.core import REPO_ROOT
 from .exhibits import latex_table, number
 from .pdf import escape_latex
 from .results import Run
+from ..rewards.reward_parts import shown_reward
 
 # %% ../../nbs/paper/04_arms.ipynb #45221c1f
 def arm_facts(run: Run, arm: str) -> dict:
@@ -38,7 +39,8 @@ def arm_facts(run: Run, arm: str) -> dict:
         "steps": given["max_steps"], "schedule": ("constant" if rewarded else "falling to zero") + warm,
         "learning_rate": given["learning_rate_policy" if rewarded else "learning_rate_supervised"],
         "references": (posts if samples else given["batch_size"]) if goal["alpha"] else 0, "posts": posts, "k": k,
-        "sampled": sampled, "calls": sampled if rewarded else 0, "reward": given["reward"] if rewarded else "none",
+        "sampled": sampled, "calls": sampled if rewarded else 0,
+        "reward": shown_reward(given["reward"]) if rewarded else "none",
         "kl_weight": given["kl_weight"] if rewarded else "none"}
 
 # %% ../../nbs/paper/04_arms.ipynb #18b5b39d

@@ -33,6 +33,7 @@ from grpo_engage.paper.results import (
     training_cost,
 )
 from ..rewards.gate import verdicts_of
+from ..rewards.own_gate import failed_gates
 from ..train.training_curves import plot_training
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c005
@@ -59,7 +60,7 @@ def latex_table(frame: pd.DataFrame, columns: str | None = None) -> str:
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c009
 def unvalidated(run: Run) -> bool:
-    """Whether an arm was trained on a learned reward that its validation did not clear (an override)."""
+    """Whether an arm was trained on a reward that its validation did not clear (an override)."""
     return any(facts.get("reward_validated") is False for facts in run.manifests.values())
 
 
@@ -67,11 +68,13 @@ def gate_marks(run: Run) -> list[str]:
     """What every table must say (LaTeX): that an arm's reward, or the judge that decides, did not pass its gate, that
     the posts are too few, that nano answered data that it cannot know, that an arm's safety worsened."""
     verdicts = verdicts_of(run.learned, run.name)
-    asked = (["reward"] if unvalidated(run) else []) + (["judge"] if run.pass_rule["judge"] == "model" else [])
-    marks = [f"{name.capitalize()} not validated: {verdicts[name]['verdict']}" for name in asked
-             if name == "reward" or not verdicts[name]["validated"]]
+    marks = {f"Reward {escape_latex(name)}".strip(): found
+             for name, found in failed_gates(run.manifests.values(), verdicts).items()}
+    if run.pass_rule["judge"] == "model" and not verdicts["judge"]["validated"]:
+        marks["Judge"] = verdicts["judge"]
     said = run.cautions[run.cautions["kind"].isin(["few posts", "policy", "safety"])]["short"]
-    return marks + [escape_latex(f"{short[:1].upper()}{short[1:]}") for short in said]
+    return [f"{name} not validated: {found['verdict']}" for name, found in marks.items()] + [
+        escape_latex(f"{short[:1].upper()}{short[1:]}") for short in said]
 
 
 def mark_unvalidated(table: str, mark: str = "Reward not validated") -> str:

@@ -8,10 +8,10 @@ __all__ = ['learned_macros', 'reading_macros', 'judge_shares', 'reward_statement
 # %% ../../nbs/paper/05_statements.ipynb #109ba22b
 from pathlib import Path
 
-from .exhibits import unvalidated
 from .pdf import escape_latex
 from .results import Run
 from ..rewards.gate import verdicts_of
+from ..rewards.own_gate import failed_gates
 
 # %% ../../nbs/paper/05_statements.ipynb #d70085bd
 def _options(run: Run) -> dict:
@@ -58,9 +58,14 @@ def reward_statement(run: Run) -> str:
     """The verdicts on learned reward and judge, and a warning where an arm was trained against the former or where the
     judge that decides did not pass."""
     verdicts = verdicts_of(run.learned, run.name)
-    warning = (r"\textbf{The learned reward did not pass its validation, and an override allowed training on it: "
-               "nothing about arms trained on it is evidence.} ") if unvalidated(run) else ""
+    failed = [f"reward {escape_latex(name)}" if name else "learned reward"
+              for name in failed_gates(run.manifests.values(), verdicts)]
+    warning = "".join(rf"\textbf{{The {name} did not pass its validation, and an override allowed training on it: "
+                      "nothing about arms trained on it is evidence.} " for name in failed)
     if run.pass_rule["judge"] == "model" and not verdicts["judge"]["validated"]:
         warning += r"\textbf{The judge that decides did not pass its gate: no difference by it is evidence.} "
+    own = {facts["own_reward"]["name"]: facts["own_reward"]["text"] for facts in run.manifests.values()
+           if "own_reward" in facts}
     return (f"{warning}The gate says of the reward: {escape_latex(verdicts['reward']['text'])}; of the judge: "
-            f"{escape_latex(verdicts['judge']['text'])}.")
+            f"{escape_latex(verdicts['judge']['text'])}"
+            + "".join(f"; of {escape_latex(f'{name}: {text}')}" for name, text in own.items()) + ".")

@@ -192,6 +192,7 @@ def _job(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     _, config = _start(args)
+    refuse_missing_files(config)
     print(f"preset {config['preset']!r} is valid: arms {', '.join(config['arms'])}; seeds {config['seeds']}; "
           f"policy {config['stages']['policy']['policy']}; {len(jobs(config))} jobs")
     return 0

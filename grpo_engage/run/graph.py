@@ -28,6 +28,7 @@ from grpo_engage.base.source_code import (
 from ..base.storage import whole_path
 from ..data.sources import data_files, hub_address, is_hub, is_pattern
 from ..policy.settings import is_folder_name
+from ..rewards.reward_parts import check_reward_files, reward_files, shown_reward
 from .settings import STAGES, notebook_of
 from ..train.objective import RIVAL_ARMS, trainable_arm
 
@@ -141,8 +142,10 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
         named |= _named_data(given["data_path"])
     elif stage == "policy" and is_folder_name(given["policy"]):
         named["policy"] = given["policy"]
-    elif stage == "train" and given.get("accelerate_config"):
-        named["accelerate_config"] = REPO_ROOT / given["accelerate_config"]
+    elif stage == "train":
+        named |= {f"reward: {name}": path for name, path in reward_files(given["reward"]).items()}
+        if given.get("accelerate_config"):
+            named["accelerate_config"] = REPO_ROOT / given["accelerate_config"]
     elif stage == "evaluation":
         named |= {f"arm_files: {Path(path).name}": path for path in given.get("arm_files", ())}
         if given.get("safety_classifier") and is_folder_name(given["safety_classifier"]):
@@ -218,7 +221,10 @@ def made_from(run_dir: Path, config: dict, *job) -> dict[str, dict]:
     """What `job` would be made from now: `code`, `parameters`, files `outside` the run and what it `reads` in it."""
     outside = {name: content_hash(path) for name, path in outside_files(config, *job[:2]).items()}
     places = {name.partition(":")[0] for name in outside}  # a data set of the Hub is no place: its name stays
-    parameters = {name: value for name, value in job_parameters(config, *job).items() if name not in places}
+    given = job_parameters(config, *job)
+    parameters = {name: value for name, value in given.items() if name not in places}
+    if "reward" in places:  # which functions and weights counts, and not where their files lie
+        parameters["reward"] = shown_reward(given["reward"])
     # as JSON has it: what is compared comes from a manifest
     return json.loads(json.dumps({"code": stage_code(job[0]), "parameters": parameters, "outside": outside,
                                   "reads": run_content(run_dir, job_reads(config, *job))}))
@@ -264,11 +270,14 @@ def reasons(run_dir: Path, config: dict, *job) -> list[str]:
 
 # %% ../../nbs/run/04_graph.ipynb #c030
 def refuse_missing_files(config: dict) -> None:
-    """Raise ValueError for a file from outside the run that a parameter names and that is not there."""
+    """Raise ValueError for a file from outside the run that a parameter names and that is not there, or lacks the
+    function that is to be the reward."""
     for stage, arm, _ in jobs(config):
         for name, path in outside_files(config, stage, arm).items():
             if not path.exists():
                 raise ValueError(f"{stage}: {name.partition(':')[0]}={str(path)!r}: there is no such file")
+        if stage == "train":
+            check_reward_files(config["stages"]["train"][arm]["reward"])
 
 
 def say_changes(found: dict[Job, list[str]], words: str) -> None:

@@ -25,7 +25,7 @@ from ..policy.replies import instruction_of, loading_options, read_policy
 from ..policy.sampling import generate_replies, load_adapted, load_policy, reply_nll
 from ..rewards.gate import read_verdicts, recorded_verdicts
 from ..rewards.settings import RewardChoice
-from ..rewards.training_reward import training_reward
+from ..rewards.training_reward import recorded_reward, training_reward
 from .arm_training import train_arm
 from .many_processes import train_arm_in_processes
 from .objective import Arm
@@ -171,7 +171,7 @@ def paid_by(run_dir: Path, choice: RewardChoice, objective: Arm, manifest: dict,
     if not objective.beta and not chooses:
         return None, ""
     reward, identifier, manifest["reward_validated"] = training_reward(run_dir, choice)
-    manifest["reward"] = identifier
+    manifest |= {"reward": identifier} | recorded_reward(run_dir, choice, reward, identifier)
     if manifest["reward_validated"] is not None:
         manifest |= recorded_verdicts(read_verdicts(run_dir))
     return reward, identifier

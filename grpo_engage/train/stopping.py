@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import GRPOTrainer
 
 from ..base.core import say
+from ..rewards.own_reward import OwnRewardError
 from .loop import EpochSampler
 
 # %% ../../nbs/train/03_stopping.ipynb #c004
@@ -46,6 +47,8 @@ def checked_scores(reward: RewardFunction, posts: Sequence[str], replies: Sequen
 
     try:
         values = np.asarray(reward(posts, replies), dtype=float)
+    except OwnRewardError as error:  # which names function, file, post and reply itself
+        raise RewardError(f"{error} (step {step})") from error
     except Exception as error:
         _raise_for_the_guilty(reward, posts, replies, where, name)
         raise RewardError(f"the {name} raised {type(error).__name__}: {error} (step {step}, on the batch of "
