@@ -134,7 +134,7 @@ COLUMNS = ["arm", "metric", "first", "second", "difference", "low", "high", "p_v
 def differences(first: pd.DataFrame, second: pd.DataFrame, shared: set[str], others: Mapping[str, str]) -> pd.DataFrame:
     """COLUMNS for each arm and metric of both: values over all posts of either run, and second less first.
 
-    first, second: as `values_by_post`; shared: posts to pair by. Two posts at least are needed for pairs.
+    first, second: as `values_by_post`; shared: posts to pair by. A single one has no interval.
     """
     rows = []
     for arm in [arm for arm in first["arm"].unique() if arm in set(second["arm"])]:
@@ -143,8 +143,8 @@ def differences(first: pd.DataFrame, second: pd.DataFrame, shared: set[str], oth
             if any(table.empty for table in tables):
                 continue
             same = [table[[post for post in table if post in shared]] for table in tables]
-            pairs = len(same[0].columns.intersection(same[1].columns)) > 1
-            found = paired(*same) if pairs else unpaired(*tables)
+            pairs = same[0].columns.intersection(same[1].columns)
+            found = paired(*same) if len(pairs) else unpaired(*tables)
             rows.append([arm, metric, *(float(table.to_numpy().mean()) for table in tables), *found[:5], found.n_posts,
                          found.n_seeds, note_on(metric, others)])
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -25,7 +25,7 @@ from .portable import hash_anew, places, write_portable
 
 # %% ../../nbs/run/17_pack.ipynb #c004
 LIST, FORMAT = "pack.json", 1
-_LEFT_OUT = {"snakemake.log", "checkpoints", "parts", LIST}
+_LEFT_OUT = {"snakemake.log", "checkpoints", "parts", "tensorboard", "wandb", LIST}
 _ADAPTERS = {"adapter", "marks"}
 
 
@@ -192,9 +192,11 @@ def pack_run(name: str, out: str, adapters: bool) -> None:
     target = Path(out or f"{name}.tar.gz").expanduser().absolute()
     found = pack(run_dir, target, adapters)
     model = found["base_model"]
+    known = [f"revision {model['revision']}"] * bool(model["revision"])
+    known += [f"weights {model['sha256'][:12]}"] * bool(model["sha256"])
     print(f"{target}: {len(found['files'])} files, {target.stat().st_size / 1e6:.1f} MB"
-          f"{'' if adapters else ', without adapters'}; base model (not in it): {model['name']}"
-          f"{' at ' + model['revision'] if model['revision'] else ''}")
+          f"{'' if adapters else ', without adapters'}; base model (not in it): "
+          f"{', '.join([model['name'], *known])}")
 
 
 def unpack_run(archive: str, name: str) -> None:
