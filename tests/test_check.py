@@ -31,7 +31,8 @@ def lines(records):
 
 def settings_for(path, *more):
     return resolve_config(load_preset("smoke"), [
-        "data.source=file", f"data.data_path={path}", "arms=[baseline,grpo]", *more]) | {"preset": "smoke"}
+        "data.source=file", f"data.data_path={path}", "arms=[baseline,grpo]", "watch_every=0", "train.warm_start=base",
+        *more]) | {"preset": "smoke"}
 
 
 def words_of(place, config, stage, arm=""):
@@ -60,11 +61,9 @@ CASES = {
     "one reply a post": (lines(one_a_post(rows(60))), "reward_model", "", []),
     "no such covariate": (lines(rows(60)), "reward_model", "", ["covariates=[meta.age]"]),
     "one reply a post, compared": (lines(one_a_post(rows(60))), "evaluation", "", []),
-    "no truth for real posts": (lines(changed(rows(60), tweet_likes=1)), "evaluation", "", ["arm_files=[mine.txt]"]),
-    "no reference": (lines(one_a_post(rows(60))), "train", "baseline", []),
-    "too few posts for a step": (lines(rows(60)), "train", "grpo", ["posts_per_step=64"]),
+    "too few posts for a step": (lines(rows(60)), "train", "grpo", ["posts_per_step=64", "reward=heuristic"]),
     "too little for the gate": (lines(rows(60)), "train", "grpo", ["allow_unvalidated_reward=false"]),
-    "no vLLM": (lines(rows(60)), "train", "grpo", ["generation_engine=vllm"]),
+    "no vLLM": (lines(rows(60)), "train", "grpo", ["generation_engine=vllm", "reward=heuristic"]),
     "no such logger": (lines(rows(60)), "train", "baseline", ["report_to=wandb"]),
 }
 
