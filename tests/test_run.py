@@ -1,5 +1,6 @@
 """The whole path through the command line, Snakemake and papermill, at seconds-long size: done, changed, killed."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,13 +10,14 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import psutil
 import pytest
 
-from grpo_engage.base.core import read_json
+from grpo_engage.base.core import REPO_ROOT, models_dir, read_json
 from grpo_engage.base.environment import thread_limit
-from grpo_engage.run.graph import job_reads, job_writes, jobs, stage_folder
+from grpo_engage.run.graph import job_reads, job_writes, jobs, reasons, stage_folder
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
         "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16",
@@ -247,3 +249,71 @@ def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("evaluation/metrics.csv", "train/grpo/seed0/train_log.csv", "train/baseline/seed0/train_log.csv"):
         assert (run_dir / name).read_bytes() == (finished[0] / name).read_bytes(), name
+
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(runs, finished, tmp_path_factory):
+    """The finished run, packed here and unpacked in another folder of runs."""
+    archive, other = tmp_path_factory.mktemp("post") / "first 😀.tar.gz", tmp_path_factory.mktemp("elsewhere")
+    done = call(runs, *COMMAND[:3], "pack", "first", "--out", str(archive))
+    assert done.returncode == 0, done.stderr
+    assert call(other, *COMMAND[:3], "unpack", str(archive)).returncode == 0
+    return other
+
+
+def test_a_packed_run_holds_no_path_of_this_machine(runs, elsewhere):
+    places = [str(path).encode() for path in (runs, REPO_ROOT, models_dir(), Path(sys.prefix), Path.home())
+              if len(path.parts) > 2]
+    named = {path.relative_to(elsewhere).as_posix() for path in files_in(elsewhere)
+             if any(place in path.read_bytes() for place in places)}
+    assert named == set() and len(files_in(elsewhere)) > 100
+
+
+def test_a_packed_run_is_listed_and_makes_its_paper_elsewhere(runs, finished, elsewhere):
+    listed = [call(place, *COMMAND[:3], "list").stdout.splitlines() for place in (runs, elsewhere)]
+    assert [line for line in listed[0] if line.split()[0] == "first"] == listed[1][1:]
+    config = read_json(elsewhere / "first" / "config.json")
+    for job in jobs(config)[:-1]:  # a rewritten manifest is no changed one
+        assert reasons(elsewhere / "first", config, *job) == reasons(finished[0], config, *job), job
+    shutil.rmtree(elsewhere / "first" / "paper")
+    done = subprocess.run([*COMMAND[:3], "job", "paper"], cwd=elsewhere / "first", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    macros = [(place / "first" / "paper" / "macros.tex").read_text() for place in (runs, elsewhere)]
+    assert macros[0] == macros[1] and (elsewhere / "first" / "paper" / "main.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_packed_run_replies_elsewhere_as_it_did_here(runs, elsewhere):
+    asked = [*COMMAND[:3], "reply", "--run", "first", "--arm", "grpo", "-n", "4", "--json", "late again 😀\x1b[2J"]
+    done = [call(place, *asked) for place in (runs, elsewhere)]
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr
+    assert done[0].stdout == done[1].stdout and "\x1b" not in done[0].stderr + done[0].stdout
+    found = json.loads(done[0].stdout)
+    assert [row["rank"] for row in found["replies"]] == [1, 2, 3, 4] and all(r["generated"] for r in found["replies"])
+    rewards = [row["reward"] for row in found["replies"]]
+    assert rewards == sorted(rewards, reverse=True) and all(0 <= row["judge"] <= 1 for row in found["replies"])
+    streamed = [line.partition(" ")[2] for line in done[0].stderr.splitlines() if line[1:2] == "/"]
+    assert sorted(streamed) == sorted(row["text"] or "[empty]" for row in found["replies"])
+
+
+def test_compare_a_run_with_itself_and_with_one_whose_replies_pass_less(runs, finished, elsewhere, tmp_path):
+    worse = elsewhere / "worse"
+    shutil.copytree(elsewhere / "first", worse)
+    path = worse / "evaluation" / "scores.parquet"
+    scores = pd.read_parquet(path)
+    grpo = (scores["arm"] == "grpo") & (scores["split"] == "test")
+    scores.loc[grpo, "passed"] &= scores.loc[grpo, "sample"] % 2 == 0
+    scores.to_parquet(path)
+    for second, sign in (("first", 0), ("worse", -1)):
+        target = tmp_path / f"{second}.csv"
+        done = call(elsewhere, *COMMAND[:3], "compare", "first", second, "--csv", str(target))
+        assert done.returncode == 0, done.stderr
+        table = pd.read_csv(target).set_index(["arm", "metric"])
+        assert (table.loc["baseline", "difference"] == 0).all()
+        assert table.loc[("grpo", "self_bleu"), "difference"] == 0
+        found = table.loc[("grpo", "pass@1")]
+        assert np.sign(found["difference"]) == sign and found["over"] == "posts, of one trained seed"
+    assert "parameters that differ: 0" in done.stdout

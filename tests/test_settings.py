@@ -289,8 +289,8 @@ def test_a_preset_says_only_what_differs():
 
 def test_a_preset_of_ones_own_by_its_path(tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: smoke\ntrain: {grpo: {max_steps: 7}}\n")
-    done = subprocess.run([sys.executable, "-m", "grpo_engage", "check", "--preset", str(tmp_path / "mine.yaml")],
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "grpo_engage", "check", "--settings", "--preset",
+                           str(tmp_path / "mine.yaml")], capture_output=True, text=True)
     assert done.returncode == 0 and "is valid" in done.stdout, done.stderr
     assert resolve_config(load_preset(str(tmp_path / "mine.yaml")))["stages"]["train"]["grpo"]["max_steps"] == 7
 

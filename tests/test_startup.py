@@ -49,7 +49,8 @@ def test_the_room_of_the_data_is_light():
     assert seconds < 3  # .6 was measured
 
 
-@pytest.mark.parametrize("words", [["--help"], ["list"], ["check", "--preset", "smoke"], ["params", "data"]])
+@pytest.mark.parametrize("words", [["--help"], ["list"], ["check", "--preset", "smoke", "--settings"],
+                                   ["params", "data"]])
 def test_a_command_that_only_answers_is_light(words, tmp_path):
     code = f"""
 import os

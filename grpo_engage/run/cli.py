@@ -22,6 +22,7 @@ from ..base.settings import default_of, described
 from ..base.storage import check_path, check_writable, whole_path
 from ..data.sources import data_files, is_hub, is_pattern, whole_hub
 from ..evaluation.settings import check_participants
+from .commands import add_check_options, add_commands, check_settings, warn_without_gpu
 from .data_card import add_card_arguments, run_card
 from .folders import is_busy, only_one, run_folder
 from grpo_engage.run.graph import (
@@ -131,6 +132,7 @@ def _run(args: argparse.Namespace) -> int:
     if target in ("evaluation", "paper"):
         check_participants(config["arms"], config["seeds"])
     refuse_missing_files(config)
+    warn_without_gpu(load_preset(args.preset))
     profile = str(Path(args.profile).expanduser().resolve()) if args.profile else ""
     if profile and not Path(profile).exists():
         raise ValueError(f"--profile {args.profile}: there is no such folder or file")
@@ -193,9 +195,7 @@ def _job(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     _, config = _start(args)
     refuse_missing_files(config)
-    print(f"preset {config['preset']!r} is valid: arms {', '.join(config['arms'])}; seeds {config['seeds']}; "
-          f"policy {config['stages']['policy']['policy']}; {len(jobs(config))} jobs")
-    return 0
+    return check_settings(config, args)
 
 
 def _estimate(args: argparse.Namespace) -> int:
@@ -282,7 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--no-estimate", action="store_true", help="do not say how long earlier runs took for the same")
     run.add_argument("--profile", default="", help="a folder with a Snakemake profile (no other one is ever used)")
     run.add_argument("--publish", action="store_true", help="copy the paper to paper/ at the end")
-    preset(command("check", _check, "check a preset and overrides without running anything"))
+    preset(check := command("check", _check, "look at data, machine, model and settings; say what would be refused"))
+    add_check_options(check)
+    add_commands(command)
     preset(trial := command("estimate", _estimate, "try a preset: time, memory and money of a run"), required=False)
     trial.add_argument("--price", type=float, help="US dollars an hour of this machine")
     trial.add_argument("--compare", default="", metavar="RUN", help="show what this run took beside the forecast")

@@ -168,7 +168,7 @@ def preset_layers(preset: Mapping) -> Iterator[Layer]:
             yield from ((key, None, name, value) for name, value in content.items() if not isinstance(value, Mapping))
             yield from ((key, arm, name, value) for arm, part in content.items() if isinstance(part, Mapping)
                         for name, value in part.items())
-        elif key not in known and key != "description":
+        elif key not in known and key not in ("description", "device"):
             raise ValueError(f"the preset has an unknown key {key!r}{nearest(key, [*known, *STAGES])}")
 
 
