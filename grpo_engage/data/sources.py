@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'SIDE_FILES', 'HUB', 'kind_of', 'is_pattern', 'data_files', 'HubAddress', 'is_hub', 'hub_address',
-           'whole_hub']
+           'whole_hub', 'named_data']
 
 # %% ../../nbs/data/14_sources.ipynb #c002
 import glob
@@ -100,3 +100,17 @@ def whole_hub(path: str) -> str:
     address = hub_address(path)
     part = path.partition("#")
     return f"{HUB}{whole_path(address.name, 'data_path')}{''.join(part[1:])}" if address.is_folder else path
+
+# %% ../../nbs/data/14_sources.ipynb #4e8288e8
+def named_data(path: str) -> dict[str, str | Path]:
+    """What `data_path` names: a file or a folder, the files of a pattern, the folder of a data set, or nothing here."""
+    if is_hub(path):
+        address = hub_address(path)
+        return {"data_path": address.name} if address.is_folder else {}
+    if not is_pattern(path):
+        return {"data_path": path}
+    try:
+        files = data_files(path)
+    except FileNotFoundError:
+        return {"data_path": path}  # which `refuse_missing_files` then says
+    return {f"data_path: {file}": file for file in files}

@@ -8,7 +8,6 @@ __all__ = ['run_status', 'main']
 # %% ../../nbs/run/02_cli.ipynb #c002
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -36,6 +35,7 @@ from grpo_engage.run.graph import (
     stage_folder,
 )
 from .import_command import add_import_arguments, run_import
+from .judge_command import add_judge_arguments, run_judge
 from .listing import as_table, cautions_in_short, pass_at_10
 from .own_data import preset_for
 from .runner import LIBRARIES, failure_message, listed_verdicts, run_stage, snakemake
@@ -214,21 +214,6 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _judge(args: argparse.Namespace) -> int:
-    from grpo_engage.judges.endpoint import Endpoint
-    from grpo_engage.judges.llm_judging import judge_run
-
-    if not ((folder := run_folder(args.run)) / "evaluation" / "generations.parquet").exists():
-        raise ValueError(f"there is no run {args.run!r} with an evaluation in {folder.parent}")
-    endpoint = Endpoint(*(getattr(args, name) for name in (
-        "url", "model", "key_variable", "price_in", "price_out", "max_tokens", "timeout")))
-    tables = judge_run(folder, endpoint, **{name: getattr(args, name) for name in (
-        "versus", "limit", "repeats", "injected", "max_cost", "concurrency")})
-    for name in ("summary", "agreement", "flips"):
-        print(f"{name}\n{tables[name].round(3).to_string(index=False, na_rep='', max_colwidth=60)}")
-    return 0
-
-
 def _params(args: argparse.Namespace) -> int:
     for stage in [args.stage] if args.stage else STAGES:
         print(f"{stage} (nbs/{notebook_of(stage).name})")
@@ -291,20 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     command("paper", _paper, "make the paper of a run and copy it to paper/").add_argument("--run", required=True)
     command("list", _list, "list the runs with status, time and headline numbers")
     command("params", _params, "explain the parameters").add_argument("stage", nargs="?")
-    judge = command("judge", _judge, "let a language model judge the replies of a finished run")
-    for name, kind, default, text in (
-            ("run", str, None, "the run"), ("model", str, None, "the model's name at the endpoint"),
-            ("url", str, None, "an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1"),
-            ("max-cost", float, math.inf, "US dollars that may be spent; needed for another machine's endpoint"),
-            ("price-in", float, math.nan, "US dollars for a million tokens read"),
-            ("price-out", float, math.nan, "... and for a million written"),
-            ("key-variable", str, "GRPO_ENGAGE_JUDGE_KEY", "environment variable that holds the key"),
-            ("max-tokens", int, 1024, "of an answer with its thoughts; raised once where a verdict is cut off"),
-            ("timeout", float, 120.0, "seconds for a call"), ("limit", int, 20, "pairs of each arm"),
-            ("concurrency", int, 8, "calls at a time"),
-            ("repeats", int, 2, "how often each question is asked"), ("versus", str, "baseline", "the rival"),
-            ("injected", int, 2, "pairs on which hidden orders are tried")):
-        judge.add_argument(f"--{name}", type=kind, default=default, required=default is None, help=text)
+    add_judge_arguments(command("judge", run_judge, "let a language model judge the replies of a finished run"))
     add_import_arguments(command("import", run_import, "make rows of what X, Reddit, PHEME or an archive exports"))
     add_card_arguments(command("card", run_card, "write the data card of a run"))
     job = command("job", _job, "run one job inside a run's folder (Snakemake calls this)")

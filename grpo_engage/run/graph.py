@@ -26,7 +26,7 @@ from grpo_engage.base.source_code import (
     without_prose,
 )
 from ..base.storage import whole_path
-from ..data.sources import data_files, hub_address, is_hub, is_pattern
+from ..data.sources import named_data
 from ..policy.settings import is_folder_name
 from ..rewards.reward_parts import check_reward_files, reward_files, shown_reward
 from .settings import STAGES, notebook_of
@@ -120,26 +120,12 @@ def job_needs(config: dict, *job) -> list[Job]:
     return sorted(found, key=str)
 
 # %% ../../nbs/run/04_graph.ipynb #c012
-def _named_data(path: str) -> dict[str, str | Path]:
-    """What `data_path` names: a file or a folder, the files of a pattern, the folder of a data set, or nothing here."""
-    if is_hub(path):
-        address = hub_address(path)
-        return {"data_path": address.name} if address.is_folder else {}
-    if not is_pattern(path):
-        return {"data_path": path}
-    try:
-        files = data_files(path)
-    except FileNotFoundError:
-        return {"data_path": path}  # which `refuse_missing_files` then says
-    return {f"data_path: {file}": file for file in files}
-
-
 def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
     """The files outside the run that a job reads, by the parameter (or the place in the repository) that names them."""
     given = config["stages"]["train"][arm] if stage == "train" else config["stages"][stage]
     named = {}
     if stage == "data" and given["source"] == "file":
-        named |= _named_data(given["data_path"])
+        named |= named_data(given["data_path"])
     elif stage == "policy" and is_folder_name(given["policy"]):
         named["policy"] = given["policy"]
     elif stage == "train":
