@@ -131,7 +131,8 @@ language model's.</p>
 {% endfor %}
 </tbody></table></div>
 <h2>What to do next</h2>
-<ul>{% for step in steps %}<li>{{ step }}</li>{% endfor %}
+<ul>{% if not evaluated %}<li>Run to the end: the same command, without a stage, goes on from here.</li>{% endif %}
+{% for step in steps %}<li>{{ step }}</li>{% endfor %}
 <li>All figures are in <code>evaluation/metrics.csv</code>, what weakens them in <code>evaluation/cautions.csv</code>
 and <code>notes.csv</code>; the stages' notebooks, executed, lie beside their files.</li></ul>
 </body></html>"""
