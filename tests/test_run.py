@@ -280,6 +280,7 @@ def test_a_packed_run_is_listed_and_makes_its_paper_elsewhere(runs, finished, el
     for job in jobs(config)[:-1]:  # a rewritten manifest is no changed one
         assert reasons(elsewhere / "first", config, *job) == reasons(finished[0], config, *job), job
     shutil.rmtree(elsewhere / "first" / "paper")
+    (elsewhere / "first" / ".libraries").mkdir()  # as the command that starts jobs would
     done = subprocess.run([*COMMAND[:3], "job", "paper"], cwd=elsewhere / "first", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     macros = [(place / "first" / "paper" / "macros.tex").read_text() for place in (runs, elsewhere)]
