@@ -25,7 +25,7 @@ class DataSettings(Settings):
     source: str = setting("simulator", "where the pairs come from", choices=SOURCES)
     data_path: str = setting("", 'with source "file": a file or a folder of pairs, a pattern, or hub:OWNER/NAME',
                              path=True)
-    columns: list = setting([], 'with source "file": names of columns where they are others, such as reply=body')
+    columns: list = setting([], 'with source "file": other names of columns, a list of what --map takes')
     separator: str = setting("auto", 'with source "file": what separates the columns of a CSV', choices=SEPARATOR_NAMES)
     thousands: str = setting("auto", 'with source "file": which mark separates thousands in counts that are texts',
                              choices=THOUSANDS)
