@@ -88,7 +88,8 @@ def test_a_file_that_holds_hello_is_not_valid(name, tmp_path, capsys):
 
 def test_check_tells_what_is_left_and_exits_with_zero(tmp_path, capsys):
     (tmp_path / "own.jsonl").write_text(lines(rows(120)) + "{broken\n", encoding="utf-8")
-    words = ["check", "--preset", "smoke", "--data", str(tmp_path / "own.jsonl"), "--no-estimate"]
+    words = ["check", "--preset", "smoke", "--data", str(tmp_path / "own.jsonl"), "--no-estimate",
+             "-p", "policy=nano"]
     assert main(words) == 0
     shown = capsys.readouterr()
     for part in ("device: ", "policy: nano", "rejected 1", f"first: row {len(rows(120)) + 1}", "split judge: ",

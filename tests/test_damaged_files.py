@@ -306,7 +306,7 @@ COUNTS = [pa.int8(), pa.uint64(), pa.float32(), pa.float64(), pa.decimal128(10, 
           pa.decimal256(40, 0), pa.dictionary(pa.int8(), pa.int64())]  # fmt: skip
 IDS = [*STRINGS, pa.int64(), pa.uint64(), pa.decimal128(20, 0)]
 WRONG = {"reply": [pa.binary(), pa.int64(), pa.timestamp("us"), pa.list_(pa.string())],
-         "reply_likes": [pa.string(), pa.bool_(), pa.timestamp("ms"), pa.date32()],
+         "reply_likes": [pa.bool_(), pa.timestamp("ms"), pa.date32()],
          "reply_id": [pa.float64(), pa.timestamp("ns"), pa.decimal128(10, 2)]}  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from grpo_engage.run.settings import load_preset, resolve_config
 TINY = ["max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16", "n_boot=200", "max_new_tokens=8",
         "allow_unvalidated_reward=true", "best_of_n_posts=2", "best_of_n_replies=16", "rivals=[real]",
         "temperatures=[]", "embeddings=false", "watch_posts=2", "arms=[baseline, grpo]", "judge_backbone=minilm",
-        "evaluation.batch_size=16"]
+        "evaluation.batch_size=16", "policy=nano"]
 COUNTS = Counts(30_000, {"validation": 540, "test": 360})
 
 
@@ -115,10 +115,12 @@ def test_the_command_leaves_no_file_behind(trial):
 @pytest.mark.parametrize("words", [
     ["--preset", "smokey"], [], ["--preset", "smoke", "--price", "-1"], ["--preset", "smoke", "--price", "nan"],
     ["--preset", "smoke", "-p", "sed=1"], ["--compare", "../up"], ["--compare", "no such run"],
-    ["--preset", "smoke", "--data", "/no/such/file.csv"], ["--preset", "smoke", "--data", "/tmp"],
+    ["--preset", "smoke", "--data", "/no/such/file.csv"], ["--preset", "smoke", "--data", "a folder without data"],
     ["--preset", "smoke", "--data", "a\0b"], ["--preset", "pheme-cpu"]])
 def test_what_cannot_be_is_refused_before_anything_is_tried(words, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("GRPO_ENGAGE_RUNS", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a folder without data").mkdir()
     assert main(["estimate", *words]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 

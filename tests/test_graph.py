@@ -27,10 +27,13 @@ STAND_IN = r'''
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.modules["rfc3987_syntax"] = None  # jsonschema does without; loading it takes a second of each process
 import papermill
 
+# the report of what no stage computed says nothing, and loads pandas
+sys.modules["grpo_engage.evaluation.report"] = SimpleNamespace(write_report=lambda run_dir: run_dir / "report.html")
 TELLS = {"data": ["n_conversations"], "train": ["max_steps"], "evaluation": ["n_boot"]}
 
 
@@ -47,7 +50,7 @@ def execute_notebook(notebook, executed, parameters, **_):
         path.parent.mkdir(parents=True, exist_ok=True)
         said = {key: parameters[key] for key in TELLS.get(stage, [])}
         text = json.dumps({"verdicts": {}, "text": "trained", "job": job} | said)
-        path.write_text(text if path.suffix != ".csv" else f"arm,metric,value\n,{text.replace(',', ';')},0\n")
+        path.write_text(text if path.suffix != ".csv" else f"arm,metric,value,short\n,{text.replace(',', ';')},0,\n")
     folder = stage_folder(run_dir, *job)
     for name in ("checkpoints", "figures", "tables"):
         (folder / name).mkdir(exist_ok=True)
@@ -75,7 +78,7 @@ why = {job: reasons(run_dir, config, *job) for job in jobs(config)}
 stand = standing(config, [job for job in why if not why[job]])
 print(json.dumps([[list(job), why[job], job in stand] for job in why]))
 '''
-SETTINGS = ["arms=[baseline, grpo]", "n_test_posts=4"]
+SETTINGS = ["arms=[baseline, grpo]", "n_test_posts=4", "policy=nano"]
 TREE = ("nbs", "grpo_engage", "configs", "paper", "Snakefile", "settings.ini")
 
 

@@ -75,6 +75,7 @@ def test_an_arm_trains_by_it_and_the_evaluation_scores_by_it(world, monkeypatch)
     np.testing.assert_allclose(samples["proxy"], scores(samples["tweet"].tolist(), samples["reply"].tolist()))
 
 
+@pytest.mark.slow  # two processes start twice: half a minute
 def test_two_processes_load_it_themselves_and_say_the_same(world):
     given = TINY | {"reward": own(world)}
     logs = [train_stage(world, **given, n_processes=n) for n in (1, 2)]

@@ -13,7 +13,8 @@ from grpo_engage.base.core import read_json
 from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.run.cli import main
 
-FEW = ["-p", "reward_model.members=1", "-p", "reward_model.epochs=1"]  # what is learned plays no part here
+# what is learned plays no part here
+FEW = ["-p", "reward_model.members=1", "-p", "reward_model.epochs=1", "-p", "policy=nano"]
 
 
 @pytest.fixture(scope="module")
