@@ -148,7 +148,8 @@ def test_a_kill_after_the_last_step_trains_nothing_again(base, pairs, tmp_path, 
 def test_the_checkpoints_of_a_job_go_when_it_is_over_and_not_before(tmp_path, monkeypatch):
     folder = tmp_path / "train" / "grpo" / "seed0"
     write_json(tmp_path / "config.json",
-               {"arms": ["grpo"], "seeds": [0], "preset": "smoke", "stages": {"train": {"grpo": {"max_steps": 3, "reward": "learned"}}}})
+               {"arms": ["grpo"], "seeds": [0], "preset": "smoke",
+                "stages": {"train": {"grpo": {"max_steps": 3, "reward": "learned"}}}})
 
     def execute(notebook, executed, parameters, label):
         assert parameters["keep_checkpoints"] and parameters["max_steps"] == 3
