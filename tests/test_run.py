@@ -274,8 +274,9 @@ def test_a_packed_run_holds_no_path_of_this_machine(runs, elsewhere):
 
 
 def test_a_packed_run_is_listed_and_makes_its_paper_elsewhere(runs, finished, elsewhere):
-    listed = [call(place, *COMMAND[:3], "list").stdout.splitlines() for place in (runs, elsewhere)]
-    assert [line for line in listed[0] if line.split()[0] == "first"] == listed[1][1:]
+    listed = [[line.split() for line in call(place, *COMMAND[:3], "list").stdout.splitlines()]
+              for place in (runs, elsewhere)]
+    assert [words for words in listed[0] if words[0] == "first"] == listed[1][1:]
     config = read_json(elsewhere / "first" / "config.json")
     for job in jobs(config)[:-1]:  # a rewritten manifest is no changed one
         assert reasons(elsewhere / "first", config, *job) == reasons(finished[0], config, *job), job
