@@ -273,6 +273,7 @@ def test_a_packed_run_holds_no_path_of_this_machine(runs, elsewhere):
     assert named == set() and len(files_in(elsewhere)) > 100
 
 
+@pytest.mark.slow  # a paper once more
 def test_a_packed_run_is_listed_and_makes_its_paper_elsewhere(runs, finished, elsewhere):
     listed = [[line.split() for line in call(place, *COMMAND[:3], "list").stdout.splitlines()]
               for place in (runs, elsewhere)]
