@@ -14,6 +14,7 @@ import numpy as np
 from ..base.core import device_and_dtype
 from ..base.settings import nearest
 from ..text.embedding import as_texts, weights_sha256
+from ..text.safety_model import read_classifier
 
 # %% ../../nbs/rewards/22_classifier_reward.ipynb #r005
 def paying_label(labels: Mapping[int, str], label: str, exclusive: bool, model: str) -> int:
@@ -49,20 +50,7 @@ def _unusable(model: str, why: object) -> OSError:
 def load_classifier(model: str):
     """(tokenizer, model), on the device that is there, without gradients. Raises: OSError naming the model where it
     cannot be read or was never trained to classify."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded, found = AutoModelForSequenceClassification.from_pretrained(model, dtype="auto",
-                                                                           output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise _unusable(model, error) from error
-    if found["missing_keys"]:
-        raise _unusable(model, f"Its files lack {', '.join(sorted(found['missing_keys']))}: it has not learned to "
-                               "classify, and would answer at random")
-    if tokenizer.pad_token is None:  # of a causal model, mostly
-        tokenizer.pad_token = tokenizer.eos_token
-    loaded.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer, loaded = read_classifier(model, _unusable)
     device, dtype = device_and_dtype()
     return tokenizer, loaded.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
