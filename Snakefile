@@ -8,6 +8,7 @@ Snakemake deletes the outputs of a failed job; like this it can delete nothing t
 
 from pathlib import Path
 
+from grpo_engage.run.cores import job_threads
 from grpo_engage.run.graph import STAMP, job_needs, stage_folder
 
 # The interpreter comes from the environment: another name of it is no reason to do anything again.
@@ -22,7 +23,7 @@ def stamps(stage, arm="", seed=None):
 rule data:
     output:
         f"data/{STAMP}",
-    threads: workflow.cores
+    threads: job_threads(config, "data", workflow.cores)
     shell:
         JOB + " data"
 
@@ -32,7 +33,7 @@ rule heuristic_reward:
         stamps("heuristic_reward"),
     output:
         f"heuristic_reward/{STAMP}",
-    threads: workflow.cores
+    threads: job_threads(config, "heuristic_reward", workflow.cores)
     shell:
         JOB + " heuristic_reward"
 
@@ -42,7 +43,7 @@ rule reward_model:
         stamps("reward_model"),
     output:
         f"reward_model/{STAMP}",
-    threads: workflow.cores
+    threads: job_threads(config, "reward_model", workflow.cores)
     shell:
         JOB + " reward_model"
 
@@ -52,7 +53,7 @@ rule policy:
         stamps("policy"),
     output:
         f"policy/{STAMP}",
-    threads: workflow.cores
+    threads: job_threads(config, "policy", workflow.cores)
     shell:
         JOB + " policy"
 
@@ -62,7 +63,7 @@ rule best_of_n:
         stamps("best_of_n"),
     output:
         f"best_of_n/{STAMP}",
-    threads: workflow.cores
+    threads: job_threads(config, "best_of_n", workflow.cores)
     shell:
         JOB + " best_of_n"
 
@@ -75,7 +76,7 @@ rule train:
     wildcard_constraints:
         arm="[a-z_0-9]+",
         seed="[0-9]+",
-    threads: workflow.cores
+    threads: job_threads(config, "train", workflow.cores)
     shell:
         JOB + " train --arm {wildcards.arm} --seed {wildcards.seed}"
 
@@ -85,7 +86,7 @@ rule evaluation:
         stamps("evaluation"),
     output:
         f"evaluation/{STAMP}",
-    threads: workflow.cores
+    threads: job_threads(config, "evaluation", workflow.cores)
     shell:
         JOB + " evaluation"
 
@@ -96,6 +97,6 @@ rule paper:
         stamps("paper"),
     output:
         f"paper/{STAMP}",
-    threads: workflow.cores
+    threads: job_threads(config, "paper", workflow.cores)
     shell:
         JOB + " paper"

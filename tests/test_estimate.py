@@ -11,11 +11,13 @@ import pandas as pd
 import pytest
 
 from grpo_engage.base.core import write_json
+from grpo_engage.base.environment import usable_cores
 from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.run.cli import main
+from grpo_engage.run.cores import clock_seconds, job_threads
 from grpo_engage.run.costs import Counts, Spent, cost, fitted, spent_by, this_machine, work
 from grpo_engage.run.estimate import beside, due, print_known
-from grpo_engage.run.graph import jobs, stage_folder
+from grpo_engage.run.graph import job_needs, jobs, stage_folder
 from grpo_engage.run.settings import load_preset, resolve_config
 
 TINY = ["max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16", "n_boot=200", "max_new_tokens=8",
@@ -126,21 +128,21 @@ def test_what_cannot_be_is_refused_before_anything_is_tried(words, capsys, tmp_p
 
 
 def finished(run_dir, config, job, seconds, **facts):
-    folder = stage_folder(run_dir, *job)
+    folder, threads = stage_folder(run_dir, *job), job_threads(config, job[0], usable_cores())
     write_json(run_dir / "config.json", config)
     write_json(folder / "manifest.json", {"status": "completed", "wall_seconds": seconds - 1, "job_seconds": seconds,
-                                          "hardware": this_machine()} | facts)
+                                          "hardware": this_machine(threads)} | facts)
 
 
 def test_a_run_is_known_from_an_earlier_one_that_did_the_same(tmp_path, capsys):
-    config, same = settings(), settings("seed=3", "train.grpo.learning_rate_policy=0.1")
+    config, same = settings("threads=0"), settings("threads=0", "seed=3", "train.grpo.learning_rate_policy=0.1")
     for number, job in enumerate(jobs(config)):
         finished(tmp_path / "old", config, job, 100.0 + number)
     print_known(tmp_path / "new", same, due(same, [], "paper"))
     said = capsys.readouterr().out
     assert "as it was in old" in said and "not known" not in said
     assert re.search(r"the whole run +1155 ", said)  # 11 jobs: 100 + ... + 110
-    other = settings("train.grpo.max_steps=41", "train.hybrid.num_generations=4")
+    other = settings("threads=0", "train.grpo.max_steps=41", "train.hybrid.num_generations=4")
     print_known(tmp_path / "new", other, due(other, [], "paper"))
     assert "not known: train grpo, train hybrid\n" in capsys.readouterr().out
 
@@ -159,9 +161,28 @@ def test_what_another_machine_or_version_recorded_does_not_count(tmp_path, capsy
 def test_the_comparison_is_of_the_jobs_that_ended(tmp_path):
     config = settings()
     finished(tmp_path, config, ("data", "", None), 50.0, cpu_seconds=40.0, peak_memory=2e9)
-    shown = beside({job: Spent(40.0, 30.0, 1e9) for job in jobs(config)}, tmp_path)
+    shown = beside({job: Spent(40.0, 30.0, 1e9) for job in jobs(config)}, tmp_path, config)
     assert shown["job"].tolist() == ["data", "the whole run"] and shown["ratio"].tolist() == [0.8, 0.8]
     assert shown.loc[0, ["real_cpu", "real_gb"]].tolist() == [40.0, 2.0]
+
+
+def test_the_clock_of_jobs_side_by_side_keeps_the_bounds_of_every_schedule():
+    """No schedule is shorter than the longest chain or than the work over the cores; a list schedule with jobs of one
+    thread is at most their sum (Graham 1969)."""
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        config = settings("n_seeds=2") | {"threads": 1}
+        seconds = {job: float(random.uniform(1, 100)) for job in jobs(config)}
+        cores = int(random.integers(1, 9))
+
+        def chain(job, config=config, seconds=seconds):
+            return seconds[job] + max((chain(other) for other in job_needs(config, *job)), default=0.0)
+
+        longest = max(map(chain, seconds))
+        whole = sum(spent * job_threads(config, job[0], cores) for job, spent in seconds.items()) / cores
+        found = clock_seconds(seconds, config, cores)
+        assert max(longest, whole) <= found + 1e-9 and found <= longest + whole + 1e-9
+        assert clock_seconds(seconds, config | {"threads": 0}, cores) == pytest.approx(sum(seconds.values()))
 
 
 def test_a_manifest_of_before_is_helped_out_by_its_notebook(tmp_path):

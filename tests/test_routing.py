@@ -1,6 +1,7 @@
 """The right adapter, split, seed, post and reference reach each place; every wrong one would give numbers too."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from grpo_engage.base.core import child_seed, write_csv, write_json, write_parquet
 from grpo_engage.data.simulator import simulate_pairs
-from grpo_engage.evaluation.generation import Job, engineered_prompt, generate_part
+from grpo_engage.evaluation import generation
+from grpo_engage.evaluation.generation import Job, engineered_prompt, generate_part, generate_parts
 from grpo_engage.evaluation.settings import EvaluationSampling
 from grpo_engage.policy.sampling import format_prompt, generate_replies, load_adapted, load_policy, reply_nll
 from grpo_engage.policy.settings import INSTRUCTION
@@ -82,6 +84,26 @@ def test_each_arm_and_seed_replies_with_its_own_adapter(run_dir, base):
         assert found["post"].tolist() == ["a"] * 16 + ["b"] * 16
         said.append(tuple(found["text"]))
     assert len(set(said)) == 3
+
+
+def test_two_processes_that_sample_give_what_one_gives(run_dir, monkeypatch):
+    """Their pieces come back in order, each from its own adapter, whatever the number of cores."""
+    jobs = [Job("an arm", "trained", seed, split, adapter) for split in ("test", "validation")
+            for seed, adapter in ((0, "baseline"), (1, "baseline"), (0, ""))]
+    posts = pd.DataFrame({"post": ["a", "b"], "tweet": TWEETS, "replies": [["x", "y"]] * 2})
+    found = {}
+    for cores in (1, 2):
+        monkeypatch.setattr(generation, "usable_cores", lambda cores=cores: cores)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        made = generate_parts(run_dir, jobs, {"test": posts, "validation": posts}, EvaluationSampling.make(**SAMPLING),
+                              8, threads=1)
+        torch.set_num_threads(before)
+        found[cores] = [frame for frame, _, _ in made]
+        shutil.rmtree(run_dir / "evaluation" / "parts")
+    for one, two in zip(found[1], found[2], strict=True):
+        pd.testing.assert_frame_equal(one, two)
+    assert len({tuple(frame["text"]) for frame in found[2]}) == 6
 
 
 def test_arms_share_their_draws_and_seeds_do_not(run_dir):

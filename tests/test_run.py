@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from grpo_engage.base.core import REPO_ROOT, models_dir, read_json
-from grpo_engage.base.environment import thread_limit
+from grpo_engage.base.environment import usable_cores
 from grpo_engage.run.graph import job_reads, job_writes, jobs, reasons, stage_folder
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
@@ -151,7 +151,7 @@ def test_a_stage_needs_nothing_but_what_the_graph_says_that_it_reads(finished, t
         target = tmp_path / source.relative_to(run_dir)
         target.parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
-    threads = str(thread_limit() or len(os.sched_getaffinity(0)))  # what Snakemake gives a job
+    threads = str(usable_cores())  # what Snakemake gives a job
     done = subprocess.run([sys.executable, "-m", "grpo_engage", "job", "evaluation"], cwd=tmp_path, text=True,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": threads})
     assert done.returncode == 0, done.stderr

@@ -26,7 +26,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .environment import thread_limit, without_settings
+from .environment import usable_cores, without_settings
 
 if TYPE_CHECKING:  # half a second: only where a table is really written
     import pandas as pd
@@ -193,9 +193,8 @@ def _hardware() -> dict:
     """The machine; `gpus` is null until torch is there: it takes seconds to import, and some stages do without."""
     torch = sys.modules.get("torch")
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if torch else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"machine": platform.machine(), "system": platform.system(), "cpu_count": os.cpu_count(),
-            "threads": thread_limit() or cores, "gpus": names}
+            "threads": usable_cores(), "gpus": names}
 
 
 @contextlib.contextmanager

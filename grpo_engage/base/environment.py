@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCHER', 'LEFT_OUT', 'launcher', 'refuse_launcher', 'without_settings', 'as_one_process', 'own_environment',
-           'thread_limit', 'undo_start_settings', 'refuse_hiding']
+           'thread_limit', 'usable_cores', 'undo_start_settings', 'refuse_hiding']
 
 # %% ../../nbs/base/07_environment.ipynb #c002
 import contextlib
@@ -111,6 +111,12 @@ def thread_limit() -> int:
     """The threads that OMP_NUM_THREADS and MKL_NUM_THREADS allow (the smaller one); 0 where neither says a number."""
     words = [os.environ.get(name, "").partition(",")[0].strip() for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
     return min((int(word) for word in words if word.isdecimal() and int(word)), default=0)
+
+
+def usable_cores() -> int:
+    """The cores that a run may use: those of this process, or fewer where `thread_limit` says so."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(thread_limit() or cores, cores)
 
 # %% ../../nbs/base/07_environment.ipynb #c020
 def undo_start_settings() -> None:

@@ -8,6 +8,7 @@ __all__ = ['posts_with_replies', 'choose_posts', 'generate', 'score_generations'
 # %% ../../nbs/08_evaluation.ipynb #c003
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from grpo_engage.evaluation.conclusions import (
 )
 from .endpoints import at_best, endpoints, sampled_temperatures, write_endpoints
 from .equal_cost import at_equal_cost, costs_of
-from .generation import COLUMNS, Job, generate_part, plan_jobs
+from .generation import COLUMNS, Job, generate_parts, plan_jobs
 from .ladder import ladder_rungs, rung_scorers, write_ladder
 from .pictures import draw_figures
 from .post_metrics import metrics_by_post
@@ -93,9 +94,8 @@ def generate(run_dir: Path, posts: dict[str, pd.DataFrame], known_posts: Sequenc
     folder = run_dir / "evaluation"
     trained = [(job.arm, job.seed) for job in jobs if job.kind == "trained"]
     frames, costs, notes = [], [], []
-    for job in jobs:
-        frame, cost, note = generate_part(run_dir, job, posts[job.split], settings.sampling, settings.scoring.seed,
-                                          lambda: arms_reward(run_dir, trained))
+    for frame, cost, note in generate_parts(run_dir, jobs, posts, settings.sampling, settings.scoring.seed,
+                                            partial(arms_reward, run_dir, trained), settings.sampling_threads):
         frames += [frame] if len(frame) else []
         costs += [cost] if cost else []
         notes += [note] if note and note not in notes else []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'COLUMNS', 'Job', 'plan_jobs', 'engineered_prompt', 'no_place', 'best_of_each', 'real_replies',
-           'generate_part']
+           'generate_part', 'generate_parts']
 
 # %% ../../nbs/evaluation/00_generation.ipynb #c002
 import hashlib
@@ -18,9 +18,12 @@ from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky import get_reusable_executor
 from transformers import PreTrainedTokenizerBase
 
-from ..base.core import child_seed, file_sha256, read_json, say, write_parquet
+from ..base.core import child_seed, device_and_dtype, file_sha256, read_json, say, write_parquet
+from ..base.environment import usable_cores
 from .settings import EvaluationSampling, EvaluationSettings, sampled_as
 from ..policy.replies import instruction_of, loading_options, read_policy
 from grpo_engage.policy.sampling import (
@@ -195,3 +198,21 @@ def _cost(kept: pd.DataFrame) -> dict:
     """The piece's line of costs.csv: what sampling it took (NaN where nothing was sampled)."""
     return kept.iloc[0][["arm", "seed", "split"]].to_dict() | {
         "replies": len(kept), "sampled_tokens": kept["sampled_tokens"].iloc[0], "seconds": kept["seconds"].iloc[0]}
+
+# %% ../../nbs/evaluation/00_generation.ipynb #de8aca7b
+def generate_parts(run_dir: Path, jobs: Sequence[Job], posts: Mapping[str, pd.DataFrame], sampling: EvaluationSampling,
+                   seed: int, reward: Callable[[], tuple[Callable, str]] | None = None, threads: int = 0
+                   ) -> list[tuple[pd.DataFrame, dict, str]]:
+    """What `generate_part` returns for each of `jobs`, in their order. posts: by split.
+
+    threads: of a process that samples, of which there are as many as the cores allow; 0, or where there is a GPU:
+    this process does it all.
+    """
+    given = [(run_dir, job, posts[job.split], sampling, seed, reward) for job in jobs]
+    if not threads or device_and_dtype()[0].type != "cpu":
+        return [generate_part(*arguments) for arguments in given]
+    threads = min(threads, usable_cores())
+    with parallel_config(backend="loky", inner_max_num_threads=threads):
+        found = Parallel(n_jobs=math.ceil(usable_cores() / threads))(delayed(generate_part)(*part) for part in given)
+    get_reusable_executor().shutdown()  # each holds a model, and its time counts when it has ended
+    return found

@@ -85,6 +85,8 @@ class EvaluationSettings(Settings):
         [], "paths of .csv, .jsonl or .parquet files (post, text) of other systems, each an arm", path=True)
     n_test_posts: int = setting(8, "test posts (with at least 2 real replies) to reply to", low=2, high=100000)
     n_validation_posts: int = setting(8, "validation posts on which the pass mark is set", low=2, high=100000)
+    sampling_threads: int = setting(0, "of a process that samples, on CPUs: 1 gives as many as cores; 0: one with all",
+                                    low=0, high=1024)
     sampling: EvaluationSampling = group(EvaluationSampling)
     scoring: Scoring = group(Scoring)
 

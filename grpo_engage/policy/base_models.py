@@ -36,7 +36,7 @@ from transformers import (
 )
 
 from ..base.core import atomic_folder, child_seed, file_sha256, models_dir, progress, say, write_json
-from ..base.environment import thread_limit
+from ..base.environment import usable_cores
 from ..base.source_code import definitions_used
 from ..base.storage import whole_path
 from ..data.simulator import simulate_text
@@ -58,8 +58,7 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     # TRL uses names that transformers will drop in its version 6; our lock holds 5
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(thread_limit() or cores)
+    torch.set_num_threads(usable_cores())
 
 # %% ../../nbs/policy/00_base_models.ipynb #c007
 NANO = {

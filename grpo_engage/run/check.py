@@ -23,8 +23,8 @@ from ..policy.model_files import load_tokenizer
 from ..policy.replies import EXAMPLE_POST
 from ..policy.sampling import format_prompt, loading_settings
 from ..policy.settings import PolicySettings, is_folder_name
-from .costs import as_text, table
-from .estimate import forecast, machine_price
+from .costs import as_text
+from .estimate import forecast, machine_price, shown
 from .refusals import Refusals, look_at_all
 from .terminal import for_terminal
 
@@ -114,7 +114,7 @@ def rejected_lines(path: Path, most: int = 5) -> list[str]:
 def try_it(config: Mapping, price: float | None) -> None:
     """Print the forecast. Raises: as `forecast`; RuntimeError where a job needs more memory than there is."""
     usd_per_hour, found = machine_price(price, config), forecast(config)
-    print(as_text(table(found, usd_per_hour)))
+    print(as_text(shown(found, config, usd_per_hour)))
     most, there = max(spent.memory for spent in found.values()), psutil.virtual_memory().total
     if most > there:
         raise RuntimeError(f"a job would take {most / 1e9:.1f} GB of memory, this machine has {there / 1e9:.1f} GB")

@@ -20,8 +20,9 @@ import pandas as pd
 from scipy.optimize import nnls
 
 from ..base.core import read_json
-from ..base.environment import thread_limit
+from ..base.environment import usable_cores
 from ..evaluation.settings import EvaluationSettings
+from .cores import job_threads
 from .graph import Job, content_hash, job_needs, job_parameters, outside_files, stage_folder
 from ..train.settings import TrainSettings
 
@@ -157,17 +158,16 @@ def drivers(config: Mapping, job: Job) -> dict[str, object]:
     return found
 
 # %% ../../nbs/run/10_costs.ipynb #c020
-def this_machine() -> dict[str, object]:
-    """What the manifests record of a machine, as far as it can be told without loading torch."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"machine": platform.machine(), "cpu_count": os.cpu_count(), "torch_threads": thread_limit() or cores,
+def this_machine(threads: int = 0) -> dict[str, object]:
+    """What the manifests record of a machine, as far as it can be told without loading torch; threads: of the job."""
+    return {"machine": platform.machine(), "cpu_count": os.cpu_count(), "threads": threads or usable_cores(),
             "gpus": Path("/dev/nvidia0").exists()}
 
 
-def is_this_machine(hardware: Mapping) -> bool:
-    """Whether a manifest's `hardware` is like this machine's."""
-    return {name: bool(hardware.get(name)) if name == "gpus" else hardware.get(name)
-            for name in this_machine()} == this_machine()
+def is_this_machine(hardware: Mapping, threads: int = 0) -> bool:
+    """Whether a manifest's `hardware` is like this machine's, for a job of so many `threads` (0: all)."""
+    here = this_machine(threads)
+    return {name: bool(hardware.get(name)) if name == "gpus" else hardware.get(name) for name in here} == here
 
 # %% ../../nbs/run/10_costs.ipynb #c023
 def spent_by(folder: Path) -> Spent | None:
@@ -190,14 +190,14 @@ def recorded(runs: Iterable[Path], config: Mapping, job: Job) -> tuple[Spent, st
 
     runs: folders of runs. Seeds and arms of another name count where all else is equal.
     """
-    wanted, found = drivers(config, job), []
+    wanted, threads, found = drivers(config, job), job_threads(config, job[0], usable_cores()), []
     for run_dir in runs:
         path = run_dir / "config.json"
         theirs = read_json(path) if path.exists() else {}
         for other in _alike(theirs, job):
             folder = stage_folder(run_dir, *other)
             spent = spent_by(folder)
-            if spent and is_this_machine(read_json(folder / "manifest.json").get("hardware", {})) and (
+            if spent and is_this_machine(read_json(folder / "manifest.json").get("hardware", {}), threads) and (
                     _drivers_of_any_version(theirs, other) == wanted):
                 found.append(((folder / "manifest.json").stat().st_mtime_ns, spent, run_dir.name))
     return max(found, key=lambda entry: entry[0])[1:] if found else None
@@ -217,11 +217,15 @@ def _drivers_of_any_version(config: Mapping, job: Job) -> dict[str, object] | No
         return None
 
 # %% ../../nbs/run/10_costs.ipynb #c028
-def table(found: Mapping[Job, Spent], usd_per_hour: float = 0.0) -> pd.DataFrame:
-    """Columns job, seconds, cpu_seconds, memory_gb and, with a price, usd: a row for each job, then the whole."""
+def table(found: Mapping[Job, Spent], usd_per_hour: float = 0.0, clock: float | None = None) -> pd.DataFrame:
+    """Columns job, seconds, cpu_seconds, memory_gb and, with a price, usd: a row for each job, then the whole.
+
+    clock: seconds of all jobs together (None: one after another). A job's usd are those of the whole machine.
+    """
     parts = [*found.values()]
     memory = [part.memory for part in parts if not math.isnan(part.memory)]
-    whole = Spent(sum(part.wall for part in parts), sum(part.cpu for part in parts), max(memory, default=math.nan))
+    wall = sum(part.wall for part in parts) if clock is None else clock
+    whole = Spent(wall, sum(part.cpu for part in parts), max(memory, default=math.nan))
     rows = [{"job": " ".join([stage, arm, *([f"seed {seed}"] if arm else [])]).strip(), "seconds": part.wall,
              "cpu_seconds": part.cpu, "memory_gb": part.memory / 1e9, "usd": part.usd(usd_per_hour)}
             for (stage, arm, seed), part in [*found.items(), (("the whole run", "", None), whole)]]

@@ -17,10 +17,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from transformers import TrainerCallback
 
 from ..base.core import read_json
-from ..base.environment import own_environment
+from ..base.environment import own_environment, usable_cores
+from .cores import job_threads
 from .costs import Spent
 from .graph import stage_folder
 from .runner import LIBRARIES, failure_message
@@ -36,7 +38,9 @@ def now() -> np.ndarray:
     return np.array([time.perf_counter(), sum(os.times()[:4])])
 
 
-def _answer(sender, function: Callable, arguments: tuple) -> None:
+def _answer(sender, function: Callable, arguments: tuple, threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
     start = now()
     try:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
@@ -48,15 +52,17 @@ def _answer(sender, function: Callable, arguments: tuple) -> None:
         sender.send((None, isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
 
 # %% ../../nbs/run/11_measuring.ipynb #c007
-def measured(what: str, function: Callable, *arguments: object) -> tuple[Spent, object]:
+def measured(what: str, function: Callable, *arguments: object, threads: int = 0) -> tuple[Spent, object]:
     """What `function(*arguments)`, called in a process of its own, took, and what it returned.
 
-    what: names it. Raises: ValueError or RuntimeError with its error, and RuntimeError where the process died.
+    what: names it; threads: torch's in that process, 0 for all. Raises: ValueError or RuntimeError with its error, and
+    RuntimeError where the process died.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(_LIBRARIES)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, arguments))  # no daemon: stages have pools
+    # no daemon: stages have pools
+    process = context.Process(target=_answer, args=(sender, function, arguments, threads))
     process.start()
     sender.close()
     try:
@@ -77,13 +83,15 @@ def measured(what: str, function: Callable, *arguments: object) -> tuple[Spent, 
 
 # %% ../../nbs/run/11_measuring.ipynb #c010
 def started_job(run_dir: Path, stage: str, arm: str = "", seed: int | None = None) -> tuple[Spent, Spent]:
-    """Do a job of the run in `run_dir` in a process and a kernel of their own: what its start took, and its stage.
+    """Do a job of the run in `run_dir` in a process and a kernel of their own, with the threads that it has in a run:
+    what its start took, and its stage.
 
     Raises: RuntimeError with the job's own error.
     """
     words = ["--arm", arm, "--seed", str(seed)] if arm else []
     (run_dir / LIBRARIES / "temporary").mkdir(parents=True, exist_ok=True)  # what libraries leave goes with the folder
     environment = own_environment(run_dir / LIBRARIES) | {"TMPDIR": str(run_dir / LIBRARIES / "temporary")}
+    environment["OMP_NUM_THREADS"] = str(job_threads(read_json(run_dir / "config.json"), stage, usable_cores()))
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-m", "grpo_engage", "job", stage, *words], cwd=run_dir, text=True,
                           capture_output=True, env=environment, stdin=subprocess.DEVNULL)

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 
 from ..base.core import REPO_ROOT, read_json, say, write_json
-from ..base.environment import own_environment, thread_limit
+from ..base.environment import own_environment, usable_cores
 from ..base.storage import check_writable, explained_writing
 from grpo_engage.run.graph import (
     STAMP,
@@ -153,7 +153,7 @@ def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *,
     """
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO_ROOT / "Snakefile"), "--nocolor",
                "--directory", str(run_dir), "--configfile", str(config), "--rerun-incomplete",
-               "--cores", str(thread_limit() or "all"), "--workflow-profile", "none",
+               "--cores", str(usable_cores()), "--workflow-profile", "none",
                *(["--profile", profile] if profile else []),
                # we hold the run's lock; Snakemake's own outlives a kill, and takes braces in a path for wildcards
                "--nolock",

@@ -100,6 +100,8 @@ class GraphSettings(Settings):
     arms: list = setting(["baseline", "grpo"], "the arms to train, known ones or those that the preset names")
     n_seeds: int = setting(1, "training seeds per arm", low=1, high=1000)
     seed: int = setting(0, "root of all randomness; training takes seed, seed + 1, ...", low=0, high=2**31)
+    threads: int = setting(0, "of a job that others can run beside (training, mostly); 0, each takes all cores", low=0,
+                           high=1024)
 
     def check(self) -> None:
         if not self.arms or len(set(self.arms)) < len(self.arms):
@@ -243,7 +245,7 @@ def resolve_config(preset: Mapping, overrides: Sequence[str] = ()) -> dict:
     """The complete settings of a run: arms, seeds, and each stage's parameters, defaults filled in and checked.
 
     `preset` is a preset's content; `overrides` are `name=value` texts.
-    Returns a dict with `arms`, `seeds` and `stages`; `stages["train"]` maps each arm to its parameters.
+    Returns a dict with `arms`, `seeds`, `threads` and `stages`; `stages["train"]` maps each arm to its parameters.
 
     Raises: ValueError for an unknown stage, arm or parameter (with the nearest known one), for a value of the wrong
     type or range, for settings that contradict each other, and for a parameter that looks like a secret.
@@ -268,7 +270,8 @@ def resolve_config(preset: Mapping, overrides: Sequence[str] = ()) -> dict:
     stages["train"].pop("seed")
     stages["train"] = {arm: arm_values(arm, stages["train"], per_arm, likes) for arm in graph.arms}
     check_macros(graph.arms)
-    config = {"arms": graph.arms, "seeds": [graph.seed + index for index in range(graph.n_seeds)], "stages": stages}
+    config = {"arms": graph.arms, "seeds": [graph.seed + index for index in range(graph.n_seeds)],
+              "threads": graph.threads, "stages": stages}
     check_config(config)
     return config
 

@@ -16,11 +16,13 @@ import numpy as np
 import pandas as pd
 
 from ..base.core import child_seed, read_json, say, stage_manifest, write_json, write_parquet
+from ..base.environment import usable_cores
 from ..evaluation.evaluation import choose_posts, posts_with_replies, score_generations
 from ..evaluation.generation import COLUMNS, plan_jobs
 from ..evaluation.settings import EvaluationSampling, EvaluationSettings
 from ..policy.replies import instruction_of, loading_options, read_policy
 from ..policy.sampling import generate_replies, load_adapted
+from .cores import job_threads
 from .costs import Counts, Price, Spent, drivers, fitted, reading_work
 from .demonstration import run_stage_function
 from .graph import Job, job_parameters, jobs, stage_folder
@@ -82,7 +84,7 @@ def tried_stage(run_dir: Path, config: Mapping, stage: str, **changes: object) -
     """What the stage took on the run in `run_dir` with its settings in `config`, some of them changed."""
     given = job_parameters(config, stage) | changes
     say(f"trial: {stage}")
-    return measured(stage, _stage, run_dir, stage, given)[0]
+    return measured(stage, _stage, run_dir, stage, given, threads=job_threads(config, stage, usable_cores()))[0]
 
 
 def _stage(run_dir: Path, stage: str, given: Mapping) -> None:
@@ -123,7 +125,8 @@ def training_prices(run_dir: Path, config: Mapping) -> dict[str, Price]:
         if kind not in tried:
             given = job_parameters(config, *first) | {"allow_unvalidated_reward": True, "n_processes": 1}
             say(f"trial: train {arm}")
-            whole, (steps, look) = measured(f"the arm {arm}", _train, run_dir, given)
+            whole, (steps, look) = measured(f"the arm {arm}", _train, run_dir, given,
+                                                   threads=job_threads(config, "train", usable_cores()))
             tried[kind] = arm_price(whole, steps, look), folder
         prices[arm], made = tried[kind]
         for seed in config["seeds"]:
@@ -142,8 +145,10 @@ def sampling_price(run_dir: Path, config: Mapping) -> Price:
     given = EvaluationSettings.make(**job_parameters(config, "evaluation"))
     adapter = stage_folder(run_dir, "train", config["arms"][0], config["seeds"][0]) / "adapter"
     say("trial: sampling for the evaluation")
-    spent, (load, batch) = measured("sampling", _sample, run_dir, adapter, given.sampling)
-    return {"load": Spent(*load), "batch": Spent(*batch), "memory": Spent(memory=spent.memory)}
+    threads = min(given.sampling_threads, usable_cores())
+    spent, (load, batch) = measured("sampling", _sample, run_dir, adapter, given.sampling, threads=threads)
+    at_once = np.array([usable_cores() // threads if threads else 1, 1])  # processes share the clock, not the CPU
+    return {"load": Spent(*load / at_once), "batch": Spent(*batch / at_once), "memory": Spent(memory=spent.memory)}
 
 
 def _sample(run_dir: Path, adapter: Path, sampling: EvaluationSampling) -> tuple[np.ndarray, np.ndarray]:
