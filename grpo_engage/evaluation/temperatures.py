@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from .conclusions import MIN_POSTS
 from .post_metrics import metrics_of_passes
 from .scoring import allowed, choose_tau
 from .settings import sampled_as
@@ -81,7 +82,8 @@ def primary_table(by_post: pd.DataFrame, chosen: pd.DataFrame, arms: Sequence[st
 
     by_post: metric pass@10 of every system (`metrics_of_passes`); chosen: `choose_temperatures`. Columns arm,
     temperature, versus_temperature, value, baseline, difference, low, high, p_value, p_holm (over these rows),
-    conclusion (above, below, not told apart), over, smallest (found with 80% power), n_posts, n_seeds.
+    conclusion (above, below, not told apart; too few posts, below MIN_POSTS), over, smallest (found with 80%
+    power), n_posts, n_seeds.
     """
     best = chosen[chosen["chosen"]].set_index("arm")
     own = wide(by_post, best.loc["baseline", "system"], "pass@10")
@@ -95,8 +97,8 @@ def primary_table(by_post: pd.DataFrame, chosen: pd.DataFrame, arms: Sequence[st
     table = pd.DataFrame(rows, columns=["arm", "temperature", "versus_temperature", "value", "baseline",
                                         *Difference._fields])
     table.insert(table.columns.get_loc("over"), "p_holm", holm(table["p_value"]) if len(table) else [])
-    sides = ["above" if row.p_holm < 0.05 and row.difference > 0 else "below" if row.p_holm < 0.05 else "not told apart"
-             for row in table.itertuples()]
+    sides = ["too few posts" if row.n_posts < MIN_POSTS else "not told apart" if not row.p_holm < 0.05 else
+             "above" if row.difference > 0 else "below" for row in table.itertuples()]
     table.insert(table.columns.get_loc("over"), "conclusion", sides)
     return table
 

@@ -189,9 +189,14 @@ def failure_message(run_dir: Path, config: dict, said: str) -> str:
 
 # %% ../../nbs/run/01_runner.ipynb #v002
 def listed_verdicts(run_dir: Path) -> dict[str, str]:
-    """Model -> the gate's verdict on it; {} before the stage reward_model. One old run must not hide the others."""
+    """Model, or reward of one's own, -> the gate's verdict on it; {} before the stage reward_model.
+
+    One old run must not hide the others.
+    """
     path = Path(run_dir) / "reward_model" / "validation.json"
     verdicts = read_json(path).get("verdicts") if path.exists() else {}
     if verdicts is None:
         return {"reward": "no verdict: run the stage reward_model again"}
-    return {name: found["verdict"] for name, found in verdicts.items()}
+    trained = [read_json(path).get("own_reward") for path in sorted(Path(run_dir).glob("train/*/*/manifest.json"))]
+    return {name: found["verdict"] for name, found in verdicts.items()} | {
+        found["name"]: found["verdict"] for found in trained if found}
