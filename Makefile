@@ -68,13 +68,13 @@ export: $(READY)
 clean-notebooks: $(READY)
 	$(NBDEV)_clean
 
-# Order: what is quick to fail first; pytest last, its longest file first. Two processes of one thread each: small models
+# Order: what is quick to fail first; pytest last, its longest file first (tests/conftest.py). Two processes of one thread each: small models
 # gain little from a second thread. `nano` is built beforehand, with all cores, so that no two processes build it at once.
 define checks
 	$(BIN)/ruff check .
 	$(BIN)/python -c 'from grpo_engage.policy.base_models import ensure_policy; ensure_policy("nano")'
 	OMP_NUM_THREADS=1 $(NBDEV)_test --n_workers 2 --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(1) tests/test_run.py tests/test_run_errors.py tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=15 $(1)
 endef
 
 # Under half an hour on two cores, whatever is added: what takes longer gets the mark `slow` and runs in test-all.

@@ -15,6 +15,14 @@ from grpo_engage.policy.base_models import ensure_policy
 from grpo_engage.rewards.engagement_model import EngagementRewardModel
 
 
+LONGEST = ("test_run.py", "test_run_errors.py", "test_graph.py", "test_processes.py", "test_settings.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a file goes to one process, and the last one must not keep the other waiting."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="module")
 def base():
     return ensure_policy("nano")

@@ -179,9 +179,9 @@ def test_a_pass_indicator_is_what_training_sees(base, pairs, tmp_path):
     """1 where the score reaches the mark, else 0; so the logged mean is the share that passes."""
     scored = []
 
-    def noted(posts, replies):
-        scored.extend(brevity(posts, replies))
-        return brevity(posts, replies)
+    def noted(posts, replies):  # some pass and some do not, whichever `nano` this machine has
+        scored.extend(sum(map(ord, reply)) % 10 / 10 for reply in replies)
+        return scored[-len(replies):]
 
     trainer = make_trainer(base, pairs, tmp_path, objective=Objective(0.0, 1.0, 0.0), reward=noted, max_steps=1,
                            learning_rate=1e-3, posts_per_step=4, num_generations=4, max_new_tokens=12,

@@ -69,6 +69,7 @@ def test_every_preset_has_work_for_every_job():
             assert units["job"] == 1 and all(n >= 0 for n in units.values()), (preset, job)
 
 
+# A trial takes minutes, so what asks for one is slow; the parts of the forecast are asked about without.
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
     """The command on a small file of an odd name; and the folders that it might have left something in."""
@@ -96,6 +97,7 @@ def rows_of(text):
     return {line[1]: [float(line[place]) for place in (2, 3, 4, 5)] for line in found if line}
 
 
+@pytest.mark.slow
 def test_the_command_has_a_line_for_each_stage_and_arm(trial):
     rows = rows_of(trial[2])
     assert list(rows) == ["data", "heuristic_reward", "reward_model", "policy", "best_of_n", "train baseline seed 0",
@@ -107,6 +109,7 @@ def test_the_command_has_a_line_for_each_stage_and_arm(trial):
     assert all(seconds > 1 for seconds, *_ in rows.values())  # a start of a job alone takes longer
 
 
+@pytest.mark.slow
 def test_the_command_leaves_no_file_behind(trial):
     place, folder, _ = trial
     assert [*(place / "runs").iterdir()] == [] and len([*folder.iterdir()]) == 1

@@ -21,7 +21,7 @@ from grpo_engage.run.graph import job_reads, job_writes, jobs, reasons, stage_fo
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
         "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16",
-        "rivals=[real]", "temperatures=[]", "embeddings=false", "watch_posts=2"]
+        "rivals=[real]", "temperatures=[]", "embeddings=false", "watch_posts=2", "arms=[baseline, grpo]"]
 COMMAND = [sys.executable, "-m", "grpo_engage", "run", "--preset", "smoke"]
 STAGES = ["data", "heuristic_reward", "reward_model", "policy", "best_of_n", "train/baseline/seed0",
           "train/grpo/seed0", "evaluation", "paper"]
@@ -194,7 +194,7 @@ def test_a_changed_parameter_redoes_what_depends_on_it_and_the_result_is_the_sam
     redone = {stage for stage in STAGES if before[stage]["started"] != after[stage]["started"]}
     assert redone == {"evaluation", "paper"}
     assert (run_dir / "evaluation" / "metrics.csv").read_bytes() != metrics
-    assert call(runs, *arguments("first")).returncode == 0  # back to the first value
+    assert call(runs, *arguments("first", "--", "evaluation")).returncode == 0  # back to the first value
     assert (run_dir / "evaluation" / "metrics.csv").read_bytes() == metrics
 
 
@@ -244,8 +244,8 @@ def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished
     listing = call(runs, sys.executable, "-m", "grpo_engage", "list").stdout
     assert "failed in train/grpo/0" in listing and "completed" in listing
 
-    # and the same command ends where an undisturbed run ends
-    done = call(runs, *arguments("killed"))
+    # and the same command ends where an undisturbed run ends (the paper has nothing left to show)
+    done = call(runs, *arguments("killed", "--", "evaluation"))
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("evaluation/metrics.csv", "train/grpo/seed0/train_log.csv", "train/baseline/seed0/train_log.csv"):
         assert (run_dir / name).read_bytes() == (finished[0] / name).read_bytes(), name
