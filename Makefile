@@ -68,8 +68,9 @@ export: $(READY)
 clean-notebooks: $(READY)
 	$(NBDEV)_clean
 
-# Order: what is quick to fail first; pytest last, its longest file first (tests/conftest.py). Two processes of one thread each: small models
-# gain little from a second thread. `nano` is built beforehand, with all cores, so that no two processes build it at once.
+# Order: what is quick to fail first; pytest last, its longest files first (tests/conftest.py). Two processes of one thread
+# each: small models gain little from a second thread. `nano` is built beforehand, with all cores, so that no two processes
+# build it at once.
 define checks
 	$(BIN)/ruff check .
 	$(BIN)/python -c 'from grpo_engage.policy.base_models import ensure_policy; ensure_policy("nano")'

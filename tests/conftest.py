@@ -14,7 +14,6 @@ from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.policy.base_models import ensure_policy
 from grpo_engage.rewards.engagement_model import EngagementRewardModel
 
-
 LONGEST = ("test_run.py", "test_run_errors.py", "test_graph.py", "test_processes.py", "test_settings.py")
 
 
