@@ -8,6 +8,7 @@ __all__ = ['NO_EVIDENCE', 'printable', 'pictures', 'report_page', 'write_report'
 # %% ../../nbs/evaluation/18_report.ipynb #f40927fb
 import base64
 import re
+import struct
 from html import escape
 from pathlib import Path
 
@@ -28,14 +29,17 @@ def printable(value: object) -> object:
 
 # %% ../../nbs/evaluation/18_report.ipynb #1d276b72
 def pictures(run_dir: Path) -> list[dict]:
-    """Up to four dicts of title, alt and data (a data URI), from the PNG files that the run's stages left."""
+    """Up to four dicts of title, alt, data (a data URI) and wide (more than twice as wide as high), from the PNG files
+    that the run's stages left."""
     curves = sorted((run_dir / "train").glob("*/*/figures/training_curves.png"),
                     key=lambda path: (path.parts[-4] == "baseline", path.parts))
     wanted = [(run_dir / "evaluation" / "figures" / f"{name}.png", title) for name, title in (
         ("pass_at_k", "How often one of k replies passes"), ("forest", "Differences from the baseline"),
         ("safety", "Engagement beside safety"))]
     wanted += [(path, f"Training of {path.parts[-4]}, {path.parts[-3]}") for path in curves[:1]]
-    return [{"title": title, "alt": f"{title} (picture {path.name})",
+    # width and height of a PNG stand after its first 16 bytes
+    sizes = {path: struct.unpack(">II", path.read_bytes()[16:24]) for path, _ in wanted if path.exists()}
+    return [{"title": title, "alt": f"{title} (picture {path.name})", "wide": sizes[path][0] > 2 * sizes[path][1],
              "data": f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"}
             for path, title in wanted if path.exists()]
 
@@ -52,12 +56,13 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem }
 th, td { text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #8886 }
 td, bdi { unicode-bidi: isolate; overflow-wrap: anywhere }
 td.number { white-space: nowrap }
+td:first-child { min-width: 6rem }
 div.wide { overflow-x: auto }
 #replies td { min-width: 9rem }
 .warning, .note { border-left: .5rem solid #c62828; padding: .3rem 1rem; background: #c628281a }
 .note { border-color: #8888; background: #8881 }
 div.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }
-figure { margin: 0 } img { max-width: 100%; background: #fff }
+figure { margin: 0 } figure.row { grid-column: 1 / -1 } img { max-width: 100%; background: #fff }
 figcaption, caption { font-size: .85rem; text-align: left }
 h2 { margin-top: 2rem }
 </style></head>"""
@@ -107,7 +112,9 @@ baseline where the interval in the last column leaves 0 out, not where two inter
 {% if pictures %}
 <h2>Pictures</h2><div class="pictures">
 {% for picture in pictures %}
-<figure><img src="{{ picture.data }}" alt="{{ picture.alt }}"><figcaption>{{ picture.title }}</figcaption></figure>
+<figure{% if picture.wide %} class="row"{% endif %}>
+<img src="{{ picture.data }}" alt="{{ picture.alt }}">
+<figcaption>{{ picture.title }}</figcaption></figure>
 {% endfor %}
 </div>
 {% endif %}
