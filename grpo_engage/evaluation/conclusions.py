@@ -196,7 +196,8 @@ def mark_posts(decision: pd.DataFrame, n_posts: int) -> pd.DataFrame:
 def lead_sentence(primary: pd.DataFrame) -> str:
     """The primary endpoint in words: who passes most, by how much, and what that rests on."""
     best = primary.sort_values("difference", ascending=False).iloc[0]
-    p = f"p {f'= {best.p_holm:.3f}' if best.p_holm >= 0.001 else '< .001'} {f'after Holm over {len(primary)} arms' if len(primary) > 1 else 'of the one arm'}"
+    family = f"after Holm over {len(primary)} arms" if len(primary) > 1 else "of the one arm"
+    p = f"p {f'= {best.p_holm:.3f}' if best.p_holm >= 0.001 else '< .001'} {family}"
     rest = "; ".join(f"{row.arm} {row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
                      for row in primary.itertuples() if row.arm != best.arm)
     return (f"Within ten replies, {best.arm} at temperature {best.temperature:g} passes {best.value:.2f} of the test "
