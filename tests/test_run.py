@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -21,7 +22,8 @@ from grpo_engage.run.graph import job_reads, job_writes, jobs, reasons, stage_fo
 
 TINY = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
         "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4", "best_of_n_replies=16",
-        "rivals=[real]", "temperatures=[]", "embeddings=false", "watch_posts=2", "arms=[baseline, grpo]"]
+        "rivals=[real]", "temperatures=[]", "embeddings=false", "watch_posts=2", "arms=[baseline, grpo]",
+        "threads=0"]  # one job at a time
 COMMAND = [sys.executable, "-m", "grpo_engage", "run", "--preset", "smoke"]
 STAGES = ["data", "heuristic_reward", "reward_model", "policy", "best_of_n", "train/baseline/seed0",
           "train/grpo/seed0", "evaluation", "paper"]
@@ -127,8 +129,20 @@ assert of["tokenizer"](format_prompt(user, of["tokenizer"]))["input_ids"] == of[
     assert len(printed.splitlines()) == 4 and all(line.strip() for line in printed.splitlines())
 
 
+def without_training(run_dir, copy):
+    """A copy of a finished run that has yet to train."""
+    shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("train", "best_of_n", "evaluation", "paper"))
+    return copy
+
+
+def trained_bytes(run_dir):
+    """Name -> content of what training left, adapters and logs."""
+    found = [*run_dir.glob("train/*/*/train_log.csv"), *run_dir.glob("train/*/*/adapter/adapter_model.safetensors")]
+    return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in found}
+
+
 def test_training_in_two_processes_is_a_parameter(runs, finished):
-    shutil.copytree(finished[0], runs / "processes", ignore=shutil.ignore_patterns("train"))
+    without_training(finished[0], runs / "processes")
     done = call(runs, *arguments("processes", "-p", "arms=[baseline]", "-p", "n_processes=2", "--", "train"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "baseline: 2 processes start" in done.stdout
@@ -216,7 +230,7 @@ def _kernels(command):
 
 
 def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished):
-    run_dir = runs / "killed"
+    run_dir = without_training(finished[0], runs / "killed")
     environment = os.environ | {"GRPO_ENGAGE_RUNS": str(runs)}
 
     # kill -9 on the command while it trains: nothing of it lives on, and Snakemake's lock is left behind
@@ -244,11 +258,29 @@ def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished
     listing = call(runs, sys.executable, "-m", "grpo_engage", "list").stdout
     assert "failed in train/grpo/0" in listing and "completed" in listing
 
-    # and the same command ends where an undisturbed run ends (the paper has nothing left to show)
-    done = call(runs, *arguments("killed", "--", "evaluation"))
+    # and the same command ends where an undisturbed run ends (evaluation and paper have nothing left to show)
+    done = call(runs, *arguments("killed", "--", "train"))
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("evaluation/metrics.csv", "train/grpo/seed0/train_log.csv", "train/baseline/seed0/train_log.csv"):
-        assert (run_dir / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    assert trained_bytes(run_dir) == trained_bytes(finished[0])
+
+
+@pytest.mark.slow  # `run/26_cores` says how jobs are set side by side; this asks Snakemake
+def test_arms_side_by_side_give_the_bytes_of_one_after_another(runs, finished):
+    made, spans = {}, {}
+    for cores in ("1", "2"):
+        run_dir = without_training(finished[0], runs / f"cores{cores}")
+        words = arguments(run_dir.name, "-p", "arms=[baseline, polychromic]", "-p", "threads=1", "--", "train")
+        done = subprocess.run(words, capture_output=True, text=True, timeout=900,
+                              env=os.environ | {"GRPO_ENGAGE_RUNS": str(runs), "OMP_NUM_THREADS": cores})
+        assert done.returncode == 0, done.stderr[-3000:]
+        made[cores] = trained_bytes(run_dir)
+        records = [read_json(path) for path in sorted((run_dir / "train").glob("*/seed0/manifest.json"))]
+        assert [record["hardware"]["threads"] for record in records] == [1, 1]
+        starts = [datetime.fromisoformat(record["started"]).timestamp() for record in records]
+        spans[cores] = [(start, start + record["wall_seconds"]) for start, record in zip(starts, records, strict=True)]
+    assert made["1"] == made["2"] and len(made["1"]) == 4
+    (first, second), (one, other) = sorted(spans["1"]), sorted(spans["2"])
+    assert second[0] >= first[1] - 1 and other[0] < one[1]
 
 
 def files_in(folder):

@@ -7,7 +7,9 @@ __all__ = ['EMPTY', 'COLUMNS', 'Job', 'plan_jobs', 'engineered_prompt', 'no_plac
            'generate_part', 'generate_parts']
 
 # %% ../../nbs/evaluation/00_generation.ipynb #c002
+import contextlib
 import hashlib
+import io
 import json
 import math
 import time
@@ -22,7 +24,7 @@ from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky import get_reusable_executor
 from transformers import PreTrainedTokenizerBase
 
-from ..base.core import child_seed, device_and_dtype, file_sha256, read_json, say, write_parquet
+from ..base.core import child_seed, device_and_dtype, file_sha256, progress, read_json, say, write_parquet
 from ..base.environment import usable_cores
 from .settings import EvaluationSampling, EvaluationSettings, sampled_as
 from ..policy.replies import instruction_of, loading_options, read_policy
@@ -200,6 +202,12 @@ def _cost(kept: pd.DataFrame) -> dict:
         "replies": len(kept), "sampled_tokens": kept["sampled_tokens"].iloc[0], "seconds": kept["seconds"].iloc[0]}
 
 # %% ../../nbs/evaluation/00_generation.ipynb #de8aca7b
+def _quiet_part(*arguments: object) -> tuple[pd.DataFrame, dict, str]:
+    """`generate_part` without its lines: a kernel passes on twice what its children print."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return generate_part(*arguments)
+
+
 def generate_parts(run_dir: Path, jobs: Sequence[Job], posts: Mapping[str, pd.DataFrame], sampling: EvaluationSampling,
                    seed: int, reward: Callable[[], tuple[Callable, str]] | None = None, threads: int = 0
                    ) -> list[tuple[pd.DataFrame, dict, str]]:
@@ -213,6 +221,8 @@ def generate_parts(run_dir: Path, jobs: Sequence[Job], posts: Mapping[str, pd.Da
         return [generate_part(*arguments) for arguments in given]
     threads = min(threads, usable_cores())
     with parallel_config(backend="loky", inner_max_num_threads=threads):
-        found = Parallel(n_jobs=math.ceil(usable_cores() / threads))(delayed(generate_part)(*part) for part in given)
+        parts = Parallel(n_jobs=math.ceil(usable_cores() / threads), return_as="generator")(
+            delayed(_quiet_part)(*part) for part in given)
+        found = list(progress(parts, "replies sampled, pieces", total=len(given)))
     get_reusable_executor().shutdown()  # each holds a model, and its time counts when it has ended
     return found
