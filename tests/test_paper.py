@@ -271,10 +271,20 @@ def test_the_primary_table_shows_the_corrected_p_value_and_what_it_rests_on(tmp_
 
 
 def test_comparisons_say_what_they_rest_on_and_what_they_would_have_found(tmp_path):
-    table = exhibits.comparisons_table(results.load_run(make_run(tmp_path), ["baseline", "grpo"], [0]))
-    row = next(line for line in table.splitlines() if "Pass@10" in line)
-    cells = [cell.strip().replace("{}", "") for cell in row.rstrip("\\ ").split("&")]
-    assert cells[-3:] == ["0.110", "posts, of one trained seed", "16"]
+    """What all intervals are over is said once, in the caption; where they differ, in a column."""
+    run = results.load_run(make_run(tmp_path), ["baseline", "grpo"], [0])
+
+    def cells_of(shown):
+        row = next(line for line in exhibits.comparisons_table(shown).splitlines() if "Pass@10" in line)
+        return [cell.strip().replace("{}", "") for cell in row.rstrip("\\ ").split("&")]
+
+    assert cells_of(run)[-2:] == ["0.110", "16"] and len(cells_of(run)) == 5
+    over = exhibits.comparisons_over(run).replace("{}", "")  # of escaping
+    assert over == "Every interval is over posts, of one trained seed."
+    twice = pd.concat([run.comparisons, run.comparisons.assign(over="posts and seeds")])
+    mixed = replace(run, comparisons=twice)
+    assert cells_of(mixed)[-3:] == ["0.110", "posts, of one trained seed", "16"]
+    assert exhibits.comparisons_over(mixed) == ""
 
 
 def test_names_of_arms_stay_text(tmp_path):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRIC_LABELS', 'MORE_LABELS', 'NO_PRICE', 'RIVAL_METRICS', 'number', 'with_interval', 'latex_table', 'unvalidated',
            'gate_marks', 'mark_unvalidated', 'metric_label', 'part_of', 'results_table', 'warned', 'rivals_table',
-           'comparisons_table', 'data_table', 'rewards_table', 'policy_weights', 'provenance_table', 'margins_figure',
-           'training_figure', 'pass_figure']
+           'comparisons_over', 'comparisons_table', 'data_table', 'rewards_table', 'policy_weights', 'provenance_table',
+           'margins_figure', 'training_figure', 'pass_figure']
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c002
 import math
@@ -172,18 +172,28 @@ def rivals_table(run: Run) -> str:
     return latex_table(pd.DataFrame(rows, columns=["Rival", *columns]))
 
 
+def _compared(run: Run) -> pd.DataFrame:
+    head = run.comparisons[run.comparisons["metric"].isin(HEADLINE)]
+    return head if len(head) else run.comparisons
+
+
+def comparisons_over(run: Run) -> str:
+    """What the intervals of `comparisons_table` are over, where it is one thing: a sentence for its caption."""
+    over = _compared(run)["over"].unique()
+    return f"Every interval is over {escape_latex(over[0])}." if len(over) == 1 else ""
+
+
 def comparisons_table(run: Run) -> str:
-    """Description, not tests: differences from the baseline by the headline metrics, with what each interval is over
-    and the smallest difference that would have been found with 80% power."""
-    shown = run.comparisons[run.comparisons["metric"].isin(HEADLINE)]
-    shown = shown if len(shown) else run.comparisons
+    """Description, not tests: differences from the baseline by the headline metrics, with the smallest difference that
+    would have been found with 80% power, and what each interval is over where that is not one thing for all."""
+    shown = _compared(run)
+    over = {} if comparisons_over(run) else {"Interval over": shown["over"].map(escape_latex)}
     return latex_table(pd.DataFrame({
         "Arm": shown["arm"].map(escape_latex),
         "Metric": [metric_label(metric, sources=run.safety_sources) for metric in shown["metric"]],
         "Difference": [with_interval(*row) for row in shown[["difference", "low", "high"]].to_numpy()],
         "Found with 80\\% power": shown["smallest"].map(number),
-        "Interval over": shown["over"].map(escape_latex),
-        "Posts": shown["n_posts"].map(lambda n: number(n, 0))}), "llrrlr")  # fmt: skip
+        **over, "Posts": shown["n_posts"].map(lambda n: number(n, 0))}), f"llrr{'l' * len(over)}r")  # fmt: skip
 
 # %% ../../nbs/paper/02_exhibits.ipynb #c014
 def data_table(run: Run) -> str:

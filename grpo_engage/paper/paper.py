@@ -20,6 +20,7 @@ from .arms import TUNING, arms_table, fairness_sentence, training_sentences
 from .endpoint_exhibits import frontier_figure, primary_macros, primary_table
 from grpo_engage.paper.exhibits import (
     NO_PRICE,
+    comparisons_over,
     comparisons_table,
     data_table,
     gate_marks,
@@ -197,6 +198,7 @@ def run_macros(run: Run, *, title: str, preset: str, usd_per_hour: float) -> dic
         "NumTestPosts": number(test.max(), 0), "SamplesPerPost": number(run.curves["k"].max(), 0),
         "PassThreshold": number(run.pass_rule["tau"]), "JudgeDescription": judged[run.pass_rule["judge"]],
         **reading_macros(run), **learned_macros(run),
+        "ComparisonsOver": comparisons_over(run),
         "SafetySources": escape_latex(named_sources(run.safety_sources)),
         "ToxicSource": escape_latex(run.safety_sources["guard_toxic"]),
         "ValidationPassTen": number(run.pass_rule["validation_pass_at_10"]), "ConfidenceLevel": r"95\%",
