@@ -38,6 +38,7 @@ def test_a_failing_cell_is_explained_and_the_next_run_resumes(runs, tmp_path):
     assert list((folder / "reward_model").glob("*.ipynb"))
     rejected = (folder / "data" / "rejected.csv").read_text().splitlines()
     assert len(rejected) == 2 and rejected[1].startswith(f"{len(rows) + 1},")
+    assert (folder / "data" / "data_card.md").read_text(encoding="utf-8").startswith("# Data card")
     before = [read_json(folder / stage / "manifest.json") for stage in ("data", "heuristic_reward")]
 
     done = call(runs, *command)

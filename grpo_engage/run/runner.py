@@ -135,6 +135,10 @@ def run_stage(run_dir: Path, stage: str, arm: str = "", seed: int | None = None)
             write_json(path, record | {"status": "failed", "error": str(failure)})
             raise
         note_what_it_was_made_from(run_dir, job, made, time.time() - began)
+    if stage == "data" and parameters["source"] == "file":
+        from grpo_engage.run.data_card import write_card  # loads pandas
+
+        say(f"{label}: what these data are stands in {write_card(run_dir).relative_to(run_dir)}")
     say(f"{label}: completed")
     if stage == "train":
         shutil.rmtree(folder / "checkpoints")
