@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..base.core import device_and_dtype, file_sha256, models_dir
 from ..base.storage import whole_path
-from ..policy.base_models import SMOLLM2_SHA256, explained_loading, nano_key
+from ..policy.base_models import SMOLLM2_SHA256, explained_loading, nano_key, quiet_libraries
 from ..policy.model_files import load_tokenizer
 from ..policy.replies import EXAMPLE_POST
 from ..policy.sampling import format_prompt, loading_settings
@@ -122,6 +122,7 @@ def try_it(config: Mapping, price: float | None) -> None:
 
 def print_checked(config: Mapping, preset: Mapping, estimate: bool = True, price: float | None = None) -> int:
     """The command `check`; returns the exit code: 0, or 2 where a stage would refuse."""
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="grpo_engage_check_") as scratch:
         asked = Refusals(Path(scratch))
         print("\n".join(machine_lines(preset)))

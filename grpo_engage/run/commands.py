@@ -45,7 +45,7 @@ def _unpack(args: argparse.Namespace) -> int:
 
 def check_settings(config: dict, args: argparse.Namespace) -> int:
     """The command `check` for settings that are valid; returns the exit code."""
-    print(f"preset {args.preset!r} is valid: arms {', '.join(config['arms'])}; seeds {config['seeds']}; "
+    print(f"preset {config['preset']!r} is valid: arms {', '.join(config['arms'])}; seeds {config['seeds']}; "
           f"policy {config['stages']['policy']['policy']}")
     if args.settings:
         return 0
