@@ -34,6 +34,8 @@ import papermill
 
 # the report of what no stage computed says nothing, and loads pandas
 sys.modules["grpo_engage.evaluation.report"] = SimpleNamespace(write_report=lambda run_dir: run_dir / "report.html")
+sys.modules["grpo_engage.run.data_card"] = SimpleNamespace(
+    write_card=lambda run_dir: run_dir / "data" / "data_card.md", run_card=None, add_card_arguments=lambda parser: None)
 TELLS = {"data": ["n_conversations"], "train": ["max_steps"], "evaluation": ["n_boot"]}
 
 
