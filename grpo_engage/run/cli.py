@@ -23,7 +23,7 @@ from ..data.sources import data_files, is_hub, is_pattern, whole_hub
 from ..evaluation.settings import check_participants
 from .commands import add_check_options, add_commands, check_settings, warn_without_gpu
 from .data_card import add_card_arguments, run_card
-from .folders import is_busy, only_one, run_folder
+from .folders import existing_run, is_busy, only_one, run_folder
 from grpo_engage.run.graph import (
     STAMP,
     finished_or_refuse,
@@ -165,9 +165,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _paper(args: argparse.Namespace) -> int:
-    run_dir = run_folder(args.run)
-    if not (run_dir / "config.json").exists():
-        raise ValueError(f"there is no run {args.run!r} in {run_dir.parent}; `python -m grpo_engage list` shows them")
+    run_dir = existing_run(args.run)
     config = read_json(run_dir / "config.json")
     with only_one(run_dir) as lock:
         done = finished_or_refuse(run_dir, config)
@@ -199,12 +197,12 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _estimate(args: argparse.Namespace) -> int:
-    from grpo_engage.run.estimate import print_forecast, settings_of
+    from grpo_engage.run.estimate import print_forecast
 
-    run_dir = run_folder(args.compare) if args.compare else None
+    run_dir = existing_run(args.compare) if args.compare else None
     if not (args.preset or run_dir):
         raise ValueError("say what is to be tried: --preset NAME, or --compare RUN for the settings of that run")
-    print_forecast(_start(args)[1] if args.preset else settings_of(run_dir), args.price, run_dir)
+    print_forecast(_start(args)[1] if args.preset else read_json(run_dir / "config.json"), args.price, run_dir)
     return 0
 
 

@@ -8,21 +8,21 @@ __all__ = ['arms_temperature', 'exported', 'pushed', 'print_exported']
 # %% ../../nbs/run/28_export.ipynb #cecc349a
 from pathlib import Path
 
+import pandas as pd
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..base.core import atomic_folder, read_json, write_json
 from ..policy.base_models import quiet_libraries
 from ..policy.replies import instruction_of, loading_options, read_policy
 from ..policy.sampling import load_adapted, load_policy
-from .folders import run_folder
+from .folders import existing_run
 from .model_card import base_address, model_card
 from .reply import adapter_of
 
 # %% ../../nbs/run/28_export.ipynb #cad86b00
 def arms_temperature(run_dir: Path, config: dict, arm: str) -> float:
     """The temperature that was chosen for `arm`; the evaluation's own where none was."""
-    import pandas as pd
-
     path, usual = run_dir / "evaluation" / "temperatures.csv", config["stages"]["evaluation"]["temperature"]
     if not path.exists():
         return usual
@@ -74,8 +74,6 @@ def pushed(folder: Path, name: str) -> str:
 
     Raises: ValueError where the Hub refuses, or cannot be reached.
     """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     api = HfApi()
     try:
         address = api.create_repo(name, private=True, exist_ok=True)
@@ -88,9 +86,7 @@ def pushed(folder: Path, name: str) -> str:
 
 def print_exported(run: str, arm: str, seed: int | None, out: str, merge: bool, push: str) -> None:
     """The command `export`."""
-    run_dir = run_folder(run)
-    if not (run_dir / "config.json").exists():
-        raise ValueError(f"there is no run {run!r} in {run_dir.parent}; `python -m grpo_engage list` shows them")
+    run_dir = existing_run(run)
     folder = exported(run_dir, arm, Path(out or f"{run}-{arm}").expanduser().absolute(), seed, merge)
     print(f"{folder}: {'the merged model' if merge else 'the adapter'} of {arm}, with tokenizer, prompt and card")
     if push:

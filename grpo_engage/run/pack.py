@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from ..base.core import atomic_folder, file_sha256, read_json, write_json
 from ..base.storage import explained_writing
-from .folders import only_one, run_folder
+from .folders import existing_run, only_one, run_folder
 from .graph import finished_or_refuse
 from .portable import hash_anew, places, write_portable
 
@@ -186,9 +186,7 @@ def unpack(archive: Path, run_dir: Path) -> dict:
 # %% ../../nbs/run/20_pack.ipynb #c020
 def pack_run(name: str, out: str, adapters: bool) -> None:
     """The command `pack`. Raises: ValueError without such a run, and as `pack`."""
-    run_dir = run_folder(name)
-    if not (run_dir / "config.json").exists():
-        raise ValueError(f"there is no run {name!r} in {run_dir.parent}; `python -m grpo_engage list` shows them")
+    run_dir = existing_run(name)
     target = Path(out or f"{name}.tar.gz").expanduser().absolute()
     found = pack(run_dir, target, adapters)
     model = found["base_model"]

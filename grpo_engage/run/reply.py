@@ -23,7 +23,7 @@ from ..policy.replies import instruction_of, loading_options, read_policy
 from ..policy.sampling import clean_text, format_prompt, load_adapted, load_policy, posts_cut
 from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.gate import read_verdicts
-from .folders import run_folder
+from .folders import existing_run
 from .graph import is_finished, stage_folder
 from .pack import base_model
 from .terminal import for_terminal
@@ -178,9 +178,7 @@ def as_lines(found: Mapping) -> list[str]:
 
 def print_replies(run: str, arm: str, post: str | None, as_json: bool, n: int, **options: object) -> None:
     """The command `reply`; `post` None: standard input is read. Raises as `reply_to`."""
-    run_dir = run_folder(run)
-    if not (run_dir / "config.json").exists():
-        raise ValueError(f"there is no run {run!r} in {run_dir.parent}; `python -m grpo_engage list` shows them")
+    run_dir = existing_run(run)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that has no emoji
