@@ -207,7 +207,8 @@ def lead_sentence(primary: pd.DataFrame) -> str:
             f"{best.smallest:.2f} would have been found with 80% power.{f' The others: {rest}.' if rest else ''}")
 
 # %% ../../nbs/evaluation/04_conclusions.ipynb #d40b299c
-_TRY = {"pass@10": "raise the weight of the reward, or train with advantage max_at_k, which optimises Pass@k itself",
+_TRY = {"pass@10": "raise the weight of the reward, or train with advantage max_at_k, which optimises Pass@k itself, "
+                   "where the arm does not yet",
         "rouge_l": "raise the supervised weight: the replies have moved away from what people write",
         "self_bleu": "raise the diversity weight or the sampling temperature",
         "judge_engagement": "look at how far judge and training reward agree before training longer",
