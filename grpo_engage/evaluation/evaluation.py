@@ -52,6 +52,7 @@ from .settings import RIVALS, EvaluationSettings, Scoring
 from .training_path import plot_training_path, training_path
 from ..rewards.gate import read_verdicts, recorded_verdicts
 from ..rewards.heuristic import language_notes
+from ..stats.intervals import told_by_tables
 from ..text.embedding import embed
 from ..text.metrics import words
 from ..text.reply_text import count_pairs
@@ -119,6 +120,7 @@ def generate(run_dir: Path, posts: dict[str, pd.DataFrame], known_posts: Sequenc
     return generations
 
 # %% ../../nbs/08_evaluation.ipynb #c015
+@told_by_tables()
 def score_generations(run_dir: Path, settings: Scoring | None = None, **changes: object) -> pd.DataFrame:
     """Score run_dir/evaluation/generations.parquet (no policy needed); returns and writes metrics.csv.
 
