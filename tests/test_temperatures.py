@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import ttest_rel
 from statsmodels.stats.multitest import multipletests
 
+from grpo_engage.evaluation.conclusions import DESCRIBED, lead_sentence
 from grpo_engage.evaluation.pass_rule import gap_to_bound
 from grpo_engage.evaluation.temperatures import (
     baseline_temperatures,
@@ -76,6 +77,11 @@ def test_the_primary_endpoint_is_paired_and_holm_goes_over_its_family_alone():
         assert (found.loc[arm, "low"], found.loc[arm, "high"]) == pytest.approx(tuple(other.confidence_interval()))
     np.testing.assert_allclose(found["p_holm"], multipletests(found["p_value"], method="holm")[1])
     assert (found["over"] == "posts, of one trained seed").all()
+    some = primary_table(table, chosen_of(arms), arms[1:], family=["a", "c"]).set_index("arm")
+    kept = found.loc[["a", "c"], "p_value"]
+    np.testing.assert_allclose(some.loc[["a", "c"], "p_holm"], multipletests(kept, method="holm")[1])
+    assert np.isnan(some.loc["b", "p_holm"]) and some.loc["b", "conclusion"] == DESCRIBED
+    assert some.loc["b", "low"] == found.loc["b", "low"] and "over 2 arms" in lead_sentence(some.reset_index())
 
 
 def test_with_seeds_both_are_crossed():

@@ -27,7 +27,7 @@ from grpo_engage.evaluation.conclusions import (
     mark_posts,
     recommend,
 )
-from .endpoints import at_best, endpoints, sampled_temperatures, write_endpoints
+from .endpoints import at_best, endpoints, paid_arms, sampled_temperatures, write_endpoints
 from .equal_cost import at_equal_cost, costs_of
 from .generation import COLUMNS, Job, generate_parts, plan_jobs
 from .ladder import ladder_rungs, rung_scorers, write_ladder
@@ -202,7 +202,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     doubts = gate_notes(run_dir, judge_name, trained)
     arms = [arm for arm in dict.fromkeys(arm for arm, _ in trained) if arm != "baseline"]
     everything = pd.concat([test, *[tried[split] for split in tried if split == "test"]], ignore_index=True)
-    found = endpoints(everywhere, everything, sampled, frozen, arms, n_boot, seed)
+    found = endpoints(everywhere, everything, sampled, frozen, arms, n_boot, seed, paid_arms(run_dir, arms))
     write_endpoints(folder, found, marks)
     decision = mark_judge(mark_unshared(decide(of_arms, primary=found.primary, margin=given.margin), robustness),
                           judge_verdict(run_dir, judge_name))

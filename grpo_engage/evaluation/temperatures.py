@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from .conclusions import MIN_POSTS
+from .conclusions import DESCRIBED, MIN_POSTS
 from .post_metrics import metrics_of_passes
 from .scoring import allowed, choose_tau
 from .settings import sampled_as
@@ -77,13 +77,15 @@ def wide(by_post: pd.DataFrame, system: str, metric: str) -> pd.DataFrame:
     return rows.pivot(index="seed", columns="post", values="value").dropna(axis=1)
 
 
-def primary_table(by_post: pd.DataFrame, chosen: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+def primary_table(by_post: pd.DataFrame, chosen: pd.DataFrame, arms: Sequence[str],
+                  family: Sequence[str] | None = None) -> pd.DataFrame:
     """primary.csv: Pass@10 of each of `arms` at its T* less the baseline's at its own, on test posts.
 
-    by_post: metric pass@10 of every system (`metrics_of_passes`); chosen: `choose_temperatures`. Columns arm,
-    temperature, versus_temperature, value, baseline, difference, low, high, p_value, p_holm (over these rows),
-    conclusion (above, below, not told apart; too few posts, below MIN_POSTS), over, smallest (found with 80%
-    power), n_posts, n_seeds.
+    by_post: metric pass@10 of every system (`metrics_of_passes`); chosen: `choose_temperatures`; family: the arms
+    that Holm's correction goes over (None: all). Columns arm, temperature, versus_temperature, value, baseline,
+    difference, low, high, p_value, p_holm (NaN outside the family), conclusion (above, below, not told apart;
+    too few posts, below MIN_POSTS; described only, outside the family), over, smallest (found with 80% power),
+    n_posts, n_seeds.
     """
     best = chosen[chosen["chosen"]].set_index("arm")
     own = wide(by_post, best.loc["baseline", "system"], "pass@10")
@@ -96,9 +98,14 @@ def primary_table(by_post: pd.DataFrame, chosen: pd.DataFrame, arms: Sequence[st
                      "baseline": own.to_numpy().mean()} | found._asdict())
     table = pd.DataFrame(rows, columns=["arm", "temperature", "versus_temperature", "value", "baseline",
                                         *Difference._fields])
-    table.insert(table.columns.get_loc("over"), "p_holm", holm(table["p_value"]) if len(table) else [])
-    sides = ["too few posts" if row.n_posts < MIN_POSTS else "not told apart" if not row.p_holm < 0.05 else
-             "above" if row.difference > 0 else "below" for row in table.itertuples()]
+    table.insert(table.columns.get_loc("over"), "p_holm", np.nan)
+    family = arms if family is None else family
+    tested = table["arm"].isin(family)
+    if tested.any():
+        table.loc[tested, "p_holm"] = holm(table.loc[tested, "p_value"])
+    sides = ["too few posts" if row.n_posts < MIN_POSTS else DESCRIBED if row.arm not in family else
+             "not told apart" if not row.p_holm < 0.05 else "above" if row.difference > 0 else "below"
+             for row in table.itertuples()]
     table.insert(table.columns.get_loc("over"), "conclusion", sides)
     return table
 
