@@ -18,6 +18,7 @@ from grpo_engage.base.core import read_json, write_json
 from grpo_engage.evaluation.robustness import gate_notes
 from grpo_engage.evaluation.scoring import arms_reward, engagement_scorers
 from grpo_engage.policy.sampling import format_prompt, load_policy
+from grpo_engage.rewards.best_of_n import best_of_n_stage
 from grpo_engage.rewards.training_reward import UnvalidatedReward, training_reward
 from grpo_engage.run.graph import made_from, outside_files, refuse_missing_files
 from grpo_engage.run.settings import load_preset, resolve_config
@@ -73,6 +74,22 @@ def test_an_arm_trains_by_it_and_the_evaluation_scores_by_it(world, monkeypatch)
     assert note.startswith("the reward learned + 0.5 mine 🎩.py:asks_back did not pass its gate, ")
     samples = pd.read_parquet(folder / "samples.parquet")
     np.testing.assert_allclose(samples["proxy"], scores(samples["tweet"].tolist(), samples["reply"].tolist()))
+
+
+def test_best_of_n_shows_what_it_would_choose(world):
+    peaks = best_of_n_stage(world, best_of_n_posts=3, best_of_n_replies=4, own_reward=own(world))
+    name = "mine 🎩.py:asks_back"
+    assert set(peaks.loc[peaks["proxy"] == name, "target"]) == set(peaks["target"])
+    manifest = read_json(world / "best_of_n" / "manifest.json")
+    assert "asks_back" in manifest["own_reward"]
+    table = pd.read_csv(world / "best_of_n" / "curves.csv")
+    own_rows = table[(table["proxy"] == name) & (table["target"] == "proxy")].sort_values("n")["value"].to_numpy()
+    assert (np.diff(own_rows) >= -1e-12).all() and own_rows[-1] > own_rows[0]  # the best of more is no worse
+    config = config_of(f"own_reward={own(world)}")
+    assert list(outside_files(config, "best_of_n").values()) == [world.parent / "mine 🎩.py"]
+    assert made_from(world, config, "best_of_n", "", None)["parameters"]["own_reward"] == name
+    with pytest.raises(ValueError, match="did you mean 'asks_back'"):
+        refuse_missing_files(config_of(f"own_reward={own(world, 'ask_back')}"))
 
 
 @pytest.mark.slow  # two processes start twice: half a minute

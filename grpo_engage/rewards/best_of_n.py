@@ -20,7 +20,9 @@ from ..policy.sampling import generate_replies, load_policy
 from .engagement_model import EngagementRewardModel
 from .heuristic import DEFAULT_WEIGHTS, HeuristicReward
 from .overoptimisation import compare_picks, curves, curves_figure, fit_peak, misjudged
+from .reward_parts import shown_reward
 from .settings import BestOfNSettings
+from .training_reward import training_reward
 
 # %% ../../nbs/05_best_of_n.ipynb #c005
 LEARNED_WEIGHTS = (0.3, 0.5, 0.6, 0.7, 0.8)
@@ -37,8 +39,9 @@ def competing_rewards(rules: np.ndarray, learned: np.ndarray, doubt: np.ndarray)
 def best_of_n_stage(run_dir: Path, settings: BestOfNSettings | None = None, **changes: object) -> pd.DataFrame:
     """Best-of-n of the base policy by every reward of the run, on validation posts; returns the peaks.
 
-    Writes run_dir/best_of_n/: curves.csv, peaks.csv, paired.csv (each reward against the mixture 0.6 / 0.4, post by
-    post), replies.csv (most over- and under-rated, with their components) and figures/best_of_n.*. Needs the stages
+    A reward of one's own (own_reward) chooses beside the project's, whether or not it passed its gate. Writes
+    run_dir/best_of_n/: curves.csv, peaks.csv, paired.csv (each reward against the mixture 0.6 / 0.4, post by post),
+    replies.csv (most over- and under-rated, with their components) and figures/best_of_n.*. Needs the stages
     reward_model and policy (FileNotFoundError). The test split is not touched.
     """
     given, run_dir = BestOfNSettings.given(settings, **changes), Path(run_dir)
@@ -61,6 +64,10 @@ def best_of_n_stage(run_dir: Path, settings: BestOfNSettings | None = None, **ch
             targets["gold"] = truth(post_texts, replies)
         proxies = {name: scores.reshape(len(posts), -1) for name, scores in
                    competing_rewards(heuristic["score"].to_numpy(), learned, doubt).items()}
+        if given.own_reward:
+            own, identifier, _ = training_reward(run_dir, reward=given.own_reward, allow_unvalidated_reward=True)
+            manifest["own_reward"] = identifier
+            proxies[shown_reward(given.own_reward)] = np.asarray(own(post_texts, replies)).reshape(len(posts), -1)
         square = {name: scores.reshape(len(posts), -1) for name, scores in targets.items()}
         table = curves(proxies, square, seed=seed)
         peaks = pd.DataFrame([{"proxy": proxy, "target": target} | fit_peak(part)
@@ -75,7 +82,8 @@ def best_of_n_stage(run_dir: Path, settings: BestOfNSettings | None = None, **ch
             write_csv(folder / f"{name}.csv", frame)
         savefig(curves_figure(table), folder / "figures" / "best_of_n")
         manifest["counts"] = {"posts": len(posts), "replies": len(replies)}
-        for row in peaks[(peaks["target"] != "proxy") & peaks["proxy"].isin(["heuristic", "learned", "combined 0.8"])
-                         ].itertuples():
+        shown = ["heuristic", "learned", "combined 0.8"]
+        shown += [shown_reward(given.own_reward)] if given.own_reward else []
+        for row in peaks[(peaks["target"] != "proxy") & peaks["proxy"].isin(shown)].itertuples():
             say(f"best of n by {row.proxy}, judged by {row.target}: best at n = {row.best_n}, {row.drop:.3f} lost")
     return peaks

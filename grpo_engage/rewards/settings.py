@@ -123,6 +123,8 @@ class BestOfNSettings(Settings):
                                      high=128)
     max_new_tokens: int = setting(28, "longest reply, in tokens", low=1, high=1024)
     temperature: float = setting(1.0, "of sampling", low=0.05, high=5)
+    own_reward: str = setting("", "one more reward that chooses, in the forms of train's; empty, none",
+                              reads=lambda value: canonical_reward(value) if value else "")
     seed: int = setting(0, "root of this stage's randomness", low=0, high=2147483648)
 
 # %% ../../nbs/rewards/10_settings.ipynb #c014

@@ -132,6 +132,8 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
         named |= {f"reward: {name}": path for name, path in reward_files(given["reward"]).items()}
         if given.get("accelerate_config"):
             named["accelerate_config"] = REPO_ROOT / given["accelerate_config"]
+    elif stage == "best_of_n" and given["own_reward"]:
+        named |= {f"own_reward: {name}": path for name, path in reward_files(given["own_reward"]).items()}
     elif stage == "evaluation":
         named |= {f"arm_files: {Path(path).name}": path for path in given.get("arm_files", ())}
         if given.get("safety_classifier") and is_folder_name(given["safety_classifier"]):
@@ -209,8 +211,8 @@ def made_from(run_dir: Path, config: dict, *job) -> dict[str, dict]:
     places = {name.partition(":")[0] for name in outside}  # a data set of the Hub is no place: its name stays
     given = job_parameters(config, *job)
     parameters = {name: value for name, value in given.items() if name not in places}
-    if "reward" in places:  # which functions and weights counts, and not where their files lie
-        parameters["reward"] = shown_reward(given["reward"])
+    for name in {"reward", "own_reward"} & places:  # which functions and weights counts, and not where their files lie
+        parameters[name] = shown_reward(given[name])
     # as JSON has it: what is compared comes from a manifest
     return json.loads(json.dumps({"code": stage_code(job[0]), "parameters": parameters, "outside": outside,
                                   "reads": run_content(run_dir, job_reads(config, *job))}))
@@ -264,6 +266,8 @@ def refuse_missing_files(config: dict) -> None:
                 raise ValueError(f"{stage}: {name.partition(':')[0]}={str(path)!r}: there is no such file")
         if stage == "train":
             check_reward_files(config["stages"]["train"][arm]["reward"])
+        elif stage == "best_of_n" and config["stages"][stage]["own_reward"]:
+            check_reward_files(config["stages"][stage]["own_reward"])
 
 
 def say_changes(found: dict[Job, list[str]], words: str) -> None:
