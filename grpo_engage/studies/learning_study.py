@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from ..base.core import child_seed, say, write_parquet
 from ..base.plots import arm_style, style
-from ..evaluation.scoring import allowed, beat_fraction, calibrate, score_replies
+from ..evaluation.scoring import Scorer, allowed, beat_fraction, calibrate, score_replies
 from ..evaluation.settings import Scoring
 from ..policy.model_files import reply_ids
 from grpo_engage.policy.sampling import (
@@ -128,25 +128,27 @@ def _merged(base: Path, adapter: Path | None) -> tuple:
 
 
 def sample_setting(base: Path, adapter: Path | None, start: Path | None, posts: pd.DataFrame, reward: Callable,
-                   truth: Callable, n_samples: int, seed: int, max_new_tokens: int = 28) -> pd.DataFrame:
+                   truth: Callable, n_samples: int, seed: int, max_new_tokens: int = 28, temperature: float = 1.0,
+                   judges: Mapping[str, Scorer] | None = None) -> pd.DataFrame:
     """Replies of one adapter with what is known of each: columns post, sample, text, those of `score_replies` (judge,
     gold, guard_*, rouge_l and more), reward and kl.
 
     posts: columns post, tweet and replies (lists of real ones). truth: of the run, see `gold_of`; it is the judge too,
     as in the evaluation of such a run. start: adapter that `kl` (nats) is taken to, None for the base, and only of
-    samples 0 to 3 (its mean needs few). Temperature 1; `seed` decides the draws.
+    samples 0 to 3 (its mean needs few) at temperature 1, NaN at others. judges: more scorers, each a column. `seed`
+    decides the draws.
     """
     model, tokenizer = _merged(base, adapter)
     reference, _ = _merged(base, start)
     made = generate_replies(model, tokenizer, posts["tweet"].tolist(), n_samples, seed=seed, batch_size=256,
-                            max_new_tokens=max_new_tokens)
+                            max_new_tokens=max_new_tokens, temperature=temperature)
     post_texts, texts = posts["tweet"].to_numpy()[made["post"]].tolist(), made["text"].tolist()
-    few = np.flatnonzero(made["sample"] < 4)
+    few = np.flatnonzero((made["sample"] < 4) & (temperature == 1))
     kl = np.full(len(made), np.nan)
     kl[few] = kl_of_replies(model, reference, tokenizer, [post_texts[row] for row in few], [texts[row] for row in few],
                             made["finish_reason"].iloc[few].eq("stop").tolist())
     named = pd.DataFrame({"post": posts["post"].to_numpy()[made["post"]], "sample": made["sample"], "text": texts})
-    scored = score_replies(named, posts, {"judge": (truth, beat_fraction)}, truth)
+    scored = score_replies(named, posts, {"judge": (truth, beat_fraction)} | dict(judges or {}), truth)
     return scored.assign(reward=reward(post_texts, texts), kl=kl)
 
 

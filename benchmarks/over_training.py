@@ -1,0 +1,69 @@
+"""Arms trained far too long in a world with known truth (notebooks studies/02 and 03; the questions are in docs/log.md).
+
+    python benchmarks/over_training.py WORLD OUT [--seeds 0 1 ... 7] [--arms grpo hybrid] [--secondary] [--jobs 2]
+
+WORLD is a run of preset `judges` up to reward_model, and policy:
+
+    python -m grpo_engage run best_of_n --preset judges --run world
+
+Units, an arm with a seed, are done in the order of the seeds, so that whole seeds come first; each leaves
+OUT/units/<arm>-seed<seed>.csv, and one whose file is there is not done again. The pass mark is frozen in
+OUT/pass.json when the baselines of all seeds have been sampled. Replies and adapters stay in OUT/work, which nothing
+else needs: to go on with other arms without it, the baselines are trained again.
+"""
+
+import argparse
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from joblib import Parallel, delayed
+
+from grpo_engage.base.core import say
+from grpo_engage.policy.base_models import quiet_libraries
+from grpo_engage.studies.over_training import PRIMARY, SECONDARY, World, freeze_marks, read_world, sample_unit, write_unit
+
+world_of = cache(read_world)
+
+
+def ready(run: Path) -> World:
+    """The world, read once in each process, which works with one thread."""
+    torch.set_num_threads(1)
+    quiet_libraries()
+    warnings.simplefilter("ignore", FutureWarning)
+    return world_of(run)
+
+
+def baseline(run: Path, seed: int, out: Path) -> None:
+    sample_unit("baseline", seed, out, ready(run))
+
+
+def unit(run: Path, name: str, seed: int, out: Path) -> str:
+    write_unit(name, seed, out, ready(run))
+    return f"{name} seed {seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("world", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
+    parser.add_argument("--arms", nargs="+", default=list(PRIMARY), choices=list(PRIMARY | SECONDARY))
+    parser.add_argument("--secondary", action="store_true", help="the secondary arms in place of --arms")
+    parser.add_argument("--jobs", type=int, default=2)
+    given = parser.parse_args()
+    arms = list(SECONDARY) if given.secondary else given.arms
+    if not (given.out / "pass.json").exists():
+        Parallel(n_jobs=given.jobs)(delayed(baseline)(given.world, seed, given.out) for seed in given.seeds)
+    say(f"pass marks: {freeze_marks(given.out, given.seeds)['rules']}")
+    units = [(name, seed) for seed in given.seeds for name in arms
+             if not (given.out / "units" / f"{name}-seed{seed}.csv").exists()]
+    done = Parallel(n_jobs=given.jobs, return_as="generator_unordered")(
+        delayed(unit)(given.world, name, seed, given.out) for name, seed in units)
+    for number, name in enumerate(done, 1):
+        say(f"{name}: {number} of {len(units)} units")
+
+
+if __name__ == "__main__":
+    main()
