@@ -1,4 +1,4 @@
-"""Arms trained far too long in a world with known truth (notebooks studies/02 and 03; the questions are in docs/log.md).
+"""Arms trained far too long in a world with known truth (notebooks studies/02 and 03; questions in docs/log.md).
 
     python benchmarks/over_training.py WORLD OUT [--seeds 0 1 ... 7] [--arms grpo hybrid] [--secondary] [--jobs 2]
 
@@ -22,7 +22,15 @@ from joblib import Parallel, delayed
 
 from grpo_engage.base.core import say
 from grpo_engage.policy.base_models import quiet_libraries
-from grpo_engage.studies.over_training import PRIMARY, SECONDARY, World, freeze_marks, read_world, sample_unit, write_unit
+from grpo_engage.studies.over_training import (
+    PRIMARY,
+    SECONDARY,
+    World,
+    freeze_marks,
+    read_world,
+    sample_unit,
+    write_unit,
+)
 
 world_of = cache(read_world)
 
