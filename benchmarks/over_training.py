@@ -14,7 +14,6 @@ else needs: to go on with other arms without it, the baselines are trained again
 
 import argparse
 import warnings
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,20 +26,17 @@ from grpo_engage.studies.over_training import (
     SECONDARY,
     World,
     freeze_marks,
-    read_world,
     sample_unit,
+    world_in,
     write_unit,
 )
-
-world_of = cache(read_world)
-
 
 def ready(run: Path) -> World:
     """The world, read once in each process, which works with one thread."""
     torch.set_num_threads(1)
     quiet_libraries()
     warnings.simplefilter("ignore", FutureWarning)
-    return world_of(run)
+    return world_in(run)
 
 
 def baseline(run: Path, seed: int, out: Path) -> None:
