@@ -31,6 +31,7 @@ from grpo_engage.studies.over_training import (
     write_unit,
 )
 
+
 def ready(run: Path) -> World:
     """The world, read once in each process, which works with one thread."""
     torch.set_num_threads(1)
