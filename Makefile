@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help paper run list lab test test-all everything proofs planted export clean-notebooks install bench clean
+.PHONY: help paper figures run list lab test test-all everything proofs planted export clean-notebooks install bench clean
 
 help:
 	@echo "make paper [RUN=name]                  run the embedded default (or take the run NAME) and make its paper"
@@ -28,6 +28,7 @@ help:
 	@echo "make run PRESET=name [DATA=file] [RUN=name] [ARGS=\"-p name=value\"]"
 	@echo "make lab                               the notebooks in JupyterLab"
 	@echo "make bench                             training and sampling beside TRL's and transformers' own, on this machine"
+	@echo "make figures                           the README's figures and the studies' tables from committed results"
 	@echo "make list                              the runs with status, time and headline numbers"
 	@echo "make export                            notebooks -> grpo_engage/"
 	@echo "More: .venv/bin/python -m grpo_engage --help"
@@ -53,6 +54,10 @@ endif
 run: $(READY)
 	$(BIN)/python -m grpo_engage run --preset=$(call quoted,PRESET) $(if $(value DATA),--data=$(call quoted,DATA)) \
 		$(if $(filter-out smoke,$(value RUN)),--run=$(call quoted,RUN)) $(ARGS)
+
+# The README's figures and the studies' tables from the committed results, without a model
+figures: $(READY)
+	$(BIN)/python benchmarks/figures.py
 
 list: $(READY)
 	$(BIN)/python -m grpo_engage list

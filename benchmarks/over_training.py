@@ -1,4 +1,4 @@
-"""Arms trained far too long in a world with known truth (notebooks studies/02 and 03; questions in docs/log.md).
+"""Arms trained far too long in a world with known truth (notebooks studies/02, 03; questions in docs/log.md).
 
     python benchmarks/over_training.py WORLD OUT [--seeds 0 1 ... 7] [--arms grpo hybrid] [--secondary] [--jobs 2]
 
