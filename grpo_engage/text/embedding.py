@@ -69,6 +69,20 @@ def as_texts(texts: Sequence[str], name: str = "texts") -> list[str]:
     return [text.encode("utf-8", "replace").decode("utf-8") for text in listed]
 
 
+def _encoded(embedder, unique: Sequence[str], batch_size: int) -> np.ndarray:
+    starts = range(0, len(unique), 16 * batch_size)
+    # A training step embeds a few dozen texts: one line a call would flood its log.
+    steps = progress(starts, f"embedding {len(unique)} texts") if len(starts) > 4 else starts
+    parts = [embedder.encode(unique[start:start + 16 * batch_size], batch_size=batch_size, normalize_embeddings=True,
+                             show_progress_bar=False, convert_to_numpy=True) for start in steps]
+    return np.concatenate(parts).astype(np.float32)
+
+
+@lru_cache(maxsize=4)  # two judges that embed ask for posts, replies and their references, one after the other
+def _encoded_before(unique: tuple[str, ...], batch_size: int) -> np.ndarray:
+    return _encoded(load_embedder(), unique, batch_size)
+
+
 def embed(texts: Sequence[str], batch_size: int = 64, embedder=None) -> np.ndarray:
     """Embeddings of `texts`: (n, size) float32, each of Euclidean norm 1; an empty list gives shape (0, size).
 
@@ -81,14 +95,12 @@ def embed(texts: Sequence[str], batch_size: int = 64, embedder=None) -> np.ndarr
         return np.zeros((0, size), dtype=np.float32)
     # Sorted by length and then by text: the batches, and so the last bits, do not depend on the order of the call.
     unique = sorted(set(cleaned), key=lambda text: (len(text), text))
-    starts = range(0, len(unique), 16 * batch_size)
-    # A training step embeds a few dozen texts: one line a call would flood its log.
-    steps = progress(starts, f"embedding {len(unique)} texts") if len(starts) > 4 else starts
-    embedder = embedder or load_embedder()
-    parts = [embedder.encode(unique[start:start + 16 * batch_size], batch_size=batch_size, normalize_embeddings=True,
-                             show_progress_bar=False, convert_to_numpy=True) for start in steps]
+    if embedder is None and len(unique) <= 20_000:  # what is kept is 30 MB at most each time
+        found = _encoded_before(tuple(unique), batch_size)
+    else:
+        found = _encoded(embedder or load_embedder(), unique, batch_size)
     position = {text: index for index, text in enumerate(unique)}
-    return np.concatenate(parts).astype(np.float32)[[position[text] for text in cleaned]]
+    return found[[position[text] for text in cleaned]]
 
 # %% ../../nbs/text/02_embedding.ipynb #c013
 TEXT_FEATURES = ("log_characters", "log_words", "question", "exclamation", "link", "hashtags", "mentions", "digit",
