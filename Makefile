@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help paper figures run list lab test test-all everything proofs planted export clean-notebooks install bench clean
+.PHONY: help paper figures run list lab test test-all everything proofs planted export clean-notebooks install hooks docs errors bench clean
 
 help:
 	@echo "make paper [RUN=name]                  run the embedded default (or take the run NAME) and make its paper"
@@ -31,6 +31,8 @@ help:
 	@echo "make figures                           the README's figures and the studies' tables from committed results"
 	@echo "make list                              the runs with status, time and headline numbers"
 	@echo "make export                            notebooks -> grpo_engage/"
+	@echo "make docs                              the documentation as HTML in _docs/, every link followed"
+	@echo "make errors                            docs/errors.md, from the messages that tests provoke"
 	@echo "More: .venv/bin/python -m grpo_engage --help"
 
 install: $(READY)
@@ -42,7 +44,12 @@ $(READY): requirements.lock settings.ini setup.py
 	test -x $(BIN)/pip || "$(PYTHON)" -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python hooks/clean_notebook.py --install
 	touch $@
+
+# Outputs of notebooks stay out of commits: a filter in this checkout's own git settings, and nothing outside it.
+hooks: $(READY)
+	$(BIN)/python hooks/clean_notebook.py --install
 
 paper: $(READY)
 ifeq ($(RUN),smoke)
@@ -71,7 +78,15 @@ export: $(READY)
 	$(BIN)/python -m grpo_engage.run.settings  # writes the parameters cells
 
 clean-notebooks: $(READY)
-	$(NBDEV)_clean
+	$(BIN)/python hooks/clean_notebook.py nbs
+
+# The pages and the API from docstrings as HTML in _docs/; fails where a link leads nowhere (tests/test_docs.py does it too).
+docs: $(READY)
+	$(BIN)/python docs/build.py
+
+# docs/errors.md from the messages that tests provoke and docs/errors.yaml; says what an entry is missing for
+errors: $(READY)
+	$(BIN)/python docs/errors.py
 
 # Order: what is quick to fail first; pytest last, its longest files first (tests/conftest.py). Two processes of one thread
 # each: small models gain little from a second thread. `nano` is built beforehand, with all cores, so that no two processes

@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __doc__ = """Learn a reward from real engagement, train a small language model on it, and evaluate what changed.
 
 What a user of the library wants is here, `from grpo_engage import ReplyTrainer, read_pairs`. Each name is loaded from

@@ -77,9 +77,9 @@ def test_the_command_line_is_on_top():
             if path.name not in ("__init__.py", "__main__.py", "_modidx.py")] == []
 
 
-def test_the_readme_lists_the_rooms_in_this_order():
-    readme = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"^\| \[(\w+)\]\(nbs/\1\) \|", readme, flags=re.MULTILINE) == list(LEVEL)
+def test_the_map_lists_the_rooms_in_this_order():
+    page = (REPO_ROOT / "docs" / "layout.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| \[(\w+)\]\(\.\./nbs/\1\) \|", page, flags=re.MULTILINE) == list(LEVEL)
 
 
 def cells(path):

@@ -9,7 +9,7 @@ __all__ = ['ARMS', 'RIVAL_ARMS', 'KNOWN_ARMS', 'Objective', 'Arm', 'check_arm_na
 # %% ../../nbs/train/00_objective.ipynb #c002
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
 
@@ -124,9 +124,9 @@ def check_starts(starts: Mapping[str, str]) -> None:
                          "warm_start") from None
 
 # %% ../../nbs/train/00_objective.ipynb #c071
-def training_name(objective: Objective, advantage: str = "group", diversity_form: str = "sum") -> str:
+def training_name(objective: Objective, advantage: str | Callable = "group", diversity_form: str = "sum") -> str:
     """What a model card calls training by `objective`: "SFT", "GRPO", or the terms with their weights."""
-    grpo = "GRPO" if advantage == "group" else f"GRPO with {advantage} advantages"
+    grpo = "GRPO" if advantage == "group" else f"GRPO with {getattr(advantage, '__name__', advantage)} advantages"
     grpo += " on reward x diversity" if diversity_form == "product" else ""
     terms = {"SFT": objective.alpha, grpo: objective.beta, "diversity of generations": objective.lam}
     used = {name: weight for name, weight in terms.items() if weight}

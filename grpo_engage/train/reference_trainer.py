@@ -143,6 +143,10 @@ class ReferenceTrainer(FastGRPOTrainer):
             self._signature_columns += ["reference", "completion"]
 
     def get_train_dataloader(self):
+        """The rows of a step; whole batches of references where nothing is sampled.
+
+        Raises: ValueError where there are fewer rows than a step has prompts.
+        """
         rows = self.train_dataset
         if not self.generates:
             stream = isinstance(rows, IterableDataset) and self.shuffle_dataset

@@ -8,7 +8,7 @@ __all__ = ['check_values', 'trl_beta', 'check_exact', 'check_alone', 'check_trai
 
 # %% ../../nbs/06_grpo_trainer.ipynb #c002
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from tempfile import TemporaryDirectory
@@ -46,11 +46,11 @@ def _whole(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-def check_values(advantage: str, diversity_metric: str | SetFunction, max_k: int | None = None,
+def check_values(advantage: str | Callable, diversity_metric: str | SetFunction, max_k: int | None = None,
                  advantage_clip: float | None = None, policy_every: int = 1, rms_floor: float = 1e-3,
                  max_length: int | None = None) -> None:
     """Raises: ValueError for a value that a setting of `ReplyTrainer` cannot have."""
-    if advantage not in ADVANTAGES:
+    if not callable(advantage) and advantage not in ADVANTAGES:
         raise ValueError(f"advantage must be one of {', '.join(ADVANTAGES)}, got {advantage!r}")
     if not callable(diversity_metric) and diversity_metric not in DIVERSITY_METRICS:
         raise ValueError(f"diversity_metric must be one of {', '.join(DIVERSITY_METRICS)}, got {diversity_metric!r}")
@@ -158,8 +158,8 @@ class ReplyTrainer(ReferenceTrainer):
     prompts are texts or conversations. With beta = lam = 0 nothing is generated, and batches are as in supervised
     training (`ReplyConfig(generates=False)` frees their size); otherwise a group brings its post's references along.
 
-    advantage: "group" (TRL's), "leave_one_out" or "max_at_k" with `max_k` (None: K). All but TRL's, and the diversity
-    credit, go through `scaled_credit` with `rms_floor`; with TRL's scale_rewards="none" advantages are not scaled.
+    advantage: "group" (TRL's), "leave_one_out", "max_at_k" with `max_k` (None: K), or a function (`reward_advantages`).
+    All but TRL's, and the diversity credit, pass `scaled_credit` (`rms_floor`); with scale_rewards="none" only that.
     diversity_metric: see `set_diversity`. advantage_clip: bound of |beta * A + lam * credit| (None: none).
     policy_every: group terms in rounds of generation 0, n, 2n ... only (by the global step, so a resume keeps the
     phase; they are not multiplied by n to make up for it). kl_weight: KL(policy || warm start) inside L_grpo, so TRL's
@@ -175,7 +175,7 @@ class ReplyTrainer(ReferenceTrainer):
 
     def __init__(self, model, reward_funcs=None, args: GRPOConfig | None = None, train_dataset=None, eval_dataset=None,
                  processing_class=None, reward_processing_classes=None, *positional, objective: Objective = _STOCK,
-                 advantage: str = "group", max_k: int | None = None,
+                 advantage: str | Callable = "group", max_k: int | None = None,
                  diversity_metric: str | SetFunction = "self_bleu",
                  advantage_clip: float | None = None, policy_every: int = 1, kl_weight: float = 0.0,
                  rms_floor: float = 1e-3, exact: bool = False, max_length: int | None = None,
