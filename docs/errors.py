@@ -103,11 +103,12 @@ def provoked() -> list[Message]:
 
 
 def topic_of(message: Message, topics: list[dict]) -> dict | None:
-    """The topic with the longest piece of the message, else the one that has its module; None without either."""
+    """The topic with the longest piece of the message, else the one that has its module or room; None without."""
     found = [(len(piece), topic) for topic in topics for piece in topic.get("messages", ()) if piece in message.shown]
     if found:
         return max(found, key=lambda pair: pair[0])[1]
-    return next((topic for topic in topics if message.module in topic.get("modules", ())), None)
+    places = (message.module, message.module.split(".")[0])
+    return next((topic for place in places for topic in topics if place in topic.get("modules", ())), None)
 
 
 def line_of(shown: str, those: list[Message]) -> str:
