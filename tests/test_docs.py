@@ -105,10 +105,11 @@ def test_the_errors_page_is_what_the_tests_provoke(errors):
         assert topic["cause"].endswith(".") and topic["remedy"].endswith("."), topic["topic"]
 
 
-def test_a_new_message_and_a_vanished_one_are_seen(errors):
+def test_a_new_message_and_a_vanished_one_are_seen(errors, monkeypatch):
     topics = [{"topic": "Disk", "cause": "It is full.", "remedy": "Free some.", "messages": ["disk is full", "gone"]}]
     known = errors.Message("OSError", "the disk is full: \0", "the disk is full: ⟨path⟩", "base.storage", {"x.py"})
     new = errors.Message("ValueError", "another", "another thing", "data.rows", {"x.py"})
+    monkeypatch.setattr(errors, "messages", lambda: [known, new])
     text, wrong = errors.page([known, new], topics)
     assert "`` the disk is full: ⟨path⟩ ``" in text and "**Remedy.** Free some." in text
     assert ["another thing" in wrong[0], "'gone'" in wrong[1], len(wrong)] == [True, True, 2]
