@@ -37,6 +37,12 @@ def errors():
 
 
 @pytest.fixture(scope="module")
+def provoked(errors):
+    """The messages of the page of errors; reading every test and notebook takes seconds."""
+    return errors.provoked()
+
+
+@pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The documentation as `make docs` builds it; that command fails where a link leads nowhere."""
     folder = tmp_path_factory.mktemp("site")
@@ -95,10 +101,10 @@ def test_every_page_of_docs_is_listed(build):
     assert {name for name in names if f"]({name})" not in index} == set()
 
 
-def test_the_errors_page_is_what_the_tests_provoke(errors):
+def test_the_errors_page_is_what_the_tests_provoke(errors, provoked):
     """Where this fails: `make errors`, and the entries of docs/errors.yaml that it asks for."""
     topics = yaml.safe_load(errors.ENTRIES.read_text(encoding="utf-8"))
-    text, wrong = errors.page(errors.provoked(), topics)
+    text, wrong = errors.page(provoked, topics)
     assert wrong == []
     assert text == errors.PAGE.read_text(encoding="utf-8"), "docs/errors.md is stale: make errors"
     for topic in topics:
@@ -116,8 +122,8 @@ def test_a_new_message_and_a_vanished_one_are_seen(errors, monkeypatch):
     assert errors.text_of(ast.parse("f'{path}: no {a.b}' + 'x'").body[0].value) == ("\0: no \0x", "⟨path⟩: no ⟨…⟩x")
 
 
-def test_a_message_is_joined_to_the_test_that_expects_it(errors):
-    found = {message.shown: message.tests for message in errors.provoked()}
+def test_a_message_is_joined_to_the_test_that_expects_it(provoked):
+    found = {message.shown: message.tests for message in provoked}
     assert "tests/test_gate.py" in found["⟨…⟩ of ⟨…⟩ scores are NaN: every reply needs a score"]
     assert "nbs/base/01_storage.ipynb" in found["⟨what⟩=⟨…⟩: no file can be called that; take the zero byte out of it"]
 
@@ -165,11 +171,11 @@ def test_numbers_of_the_readme_are_those_of_committed_tables():
 
     primary = pd.read_csv(REPO_ROOT / "benchmarks/systems/primary.csv", index_col="arm")
     frontier = pd.read_csv(REPO_ROOT / "benchmarks/systems/frontier.csv", index_col="arm")
-    for table, arms in ((primary, ("grpo_max", "grpo", "hybrid")), (frontier, ("grpo_max", "grpo", "hybrid", "polychromic"))):
-        for arm in arms:
-            row = table.loc[arm]
-            said = f"{short(row['difference'])} [{short(row['low'])}, {short(row['high'])}]"
-            assert said in readme, (arm, said)
+    quoted = [primary.loc[arm] for arm in ("grpo_max", "grpo", "hybrid")]
+    quoted += [frontier.loc[arm] for arm in ("grpo_max", "grpo", "hybrid", "polychromic")]
+    for row in quoted:
+        said = f"{short(row['difference'])} [{short(row['low'])}, {short(row['high'])}]"
+        assert said in readme, (row.name, said)
     assert (primary.loc[["grpo_max", "grpo"], "p_holm"] < 0.001).all() and "both p < .001 after Holm" in readme
     ladder = pd.read_csv(REPO_ROOT / "benchmarks/judges/ladder.csv", index_col="rung")
     assert f"Over {ladder.loc['judge', 'n_systems']:.0f} systems" in readme
