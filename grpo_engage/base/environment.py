@@ -16,6 +16,9 @@ import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from sysconfig import get_path
+
+from .places import workplace
 
 # %% ../../nbs/base/07_environment.ipynb #c005
 LAUNCHER = {
@@ -98,10 +101,12 @@ def own_environment(place: Path, environment: Mapping[str, str] | None = None) -
     cache = given.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     own = {name: str(Path(place).resolve() / folder) for name, folder in _PLACES.items()}
     own |= {"HF_HOME": given.get("HF_HOME") or os.path.join(cache, "huggingface"), "LC_ALL": "C.UTF-8",
-            "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}  # the folder where a command is given holds no modules of ours
+            "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1",  # the folder where a command is given holds no modules of ours
+            "GRPO_ENGAGE_PLACE": given.get("GRPO_ENGAGE_PLACE") or str(workplace())}
     # The code of this command, also where another version is installed, or none; and stages run in other folders.
-    package = find_spec("grpo_engage").submodule_search_locations[0]
-    paths = [os.path.dirname(package), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
+    package = os.path.dirname(find_spec("grpo_engage").submodule_search_locations[0])
+    installed = package in (get_path("purelib"), get_path("platlib"))  # which would come before Python's own modules
+    paths = [*([] if installed else [package]), *filter(None, given.get("PYTHONPATH", "").split(os.pathsep))]
     own["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(map(os.path.abspath, paths)))
     # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
     return {"OMP_WAIT_POLICY": "PASSIVE"} | without_settings(given) | own

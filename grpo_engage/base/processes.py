@@ -18,8 +18,9 @@ from pathlib import Path
 
 import psutil
 
-from .core import REPO_ROOT, say
+from .core import say
 from .environment import launcher, own_environment
+from .places import source_file
 
 # %% ../../nbs/base/02_processes.ipynb #c005
 def world_size() -> int:
@@ -46,13 +47,13 @@ def on_first_process(function: Callable) -> object:
 def launch_command(n_processes: int, target: Sequence[str], config_file: str | Path = "") -> list[str]:
     """The `accelerate launch` command that runs `target` (a script or `-m module`, and its arguments) n times.
 
-    config_file: relative to the repository; "": several devices of this machine, nothing else (never accelerate's own
+    config_file: as `source_file` takes it; "": several devices of this machine, nothing else (never accelerate's own
     default, which is the user's). Raises: ValueError for fewer than two processes, FileNotFoundError for a
     configuration that is not there.
     """
     if n_processes < 2:
         raise ValueError(f"n_processes must be at least 2 to launch anything, got {n_processes}")
-    place = REPO_ROOT / (config_file or "configs/accelerate/several.yaml")
+    place = source_file(str(config_file or "configs/accelerate/several.yaml"))
     if not place.is_file():
         raise FileNotFoundError(f"accelerate_config={str(config_file)!r}: there is no {place}; see configs/accelerate/")
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(place), "--num_processes",

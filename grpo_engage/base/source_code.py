@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from .core import REPO_ROOT
+from .places import REPO_ROOT
 
 # %% ../../nbs/base/04_source_code.ipynb #c005
 _WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -13,10 +13,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..base.core import REPO_ROOT, stage_manifest
+from ..base.core import stage_manifest
+from ..base.places import source_file
 from ..base.plots import savefig
 from ..data.truth import gold_of
-from .arms import TUNING, arms_table, fairness_sentence, training_sentences
+from .arms import arms_table, fairness_sentence, training_sentences, tuning_file
 from .endpoint_exhibits import frontier_figure, primary_macros, primary_table
 from grpo_engage.paper.exhibits import (
     NO_PRICE,
@@ -230,11 +231,12 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
     the run does not define, a PDF that cannot be built.
     """
     given, run_dir = PaperSettings.given(settings, **changes), Path(run_dir)
-    folder, source, usd_per_hour = run_dir / "paper", REPO_ROOT / "paper", given.usd_per_hour
-    inputs = [source / "main.tex", source / "references.bib", *(run_dir / "evaluation" / name for name in (
+    folder, usd_per_hour = run_dir / "paper", given.usd_per_hour
+    sources = [source_file(f"paper/{name}") for name in ("main.tex", "references.bib")]
+    inputs = [*sources, *(run_dir / "evaluation" / name for name in (
         "metrics.csv", "comparisons_by_seed.csv", "primary.csv", "frontier.csv", "frontier_points.csv", "curves.csv",
         "pass.json"))]  # fmt: skip
-    inputs += [TUNING] if TUNING.is_file() else []
+    inputs += [tuning_file()] if tuning_file().is_file() else []
     with stage_manifest(folder, "paper", given.recorded(), inputs, usd_per_hour) as manifest:
         run = load_run(run_dir, given.arms, given.seeds)
         for name in ("figures", "tables"):
@@ -252,8 +254,8 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
             (folder / "tables" / f"{name}.tex").write_text(text, encoding="utf-8")
         macros = run_macros(run, title=given.title, preset=given.preset, usd_per_hour=usd_per_hour)
         (folder / "macros.tex").write_text(macros_text(macros), encoding="utf-8")
-        for name in ("main.tex", "references.bib"):
-            shutil.copyfile(source / name, folder / name)
+        for source in sources:
+            shutil.copyfile(source, folder / source.name)
         built = build_pdf(folder, given.engine)
         manifest |= {"pdf": built, "smoke": is_smoke(given.preset, run.name), "claim": macros["ClaimStatement"]}
     return built

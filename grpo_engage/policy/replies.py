@@ -15,7 +15,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from ..base.core import child_seed, file_sha256, read_json, stage_manifest, write_csv, write_json
 from ..data.pairs import load_pairs
 from .base_models import ensure_policy
-from .model_files import declared_generation, end_of_turn, load_tokenizer, stop_tokens
+from .model_files import declared_generation, end_of_turn, hub_commit, load_tokenizer, stop_tokens
 from .sampling import format_prompt, generate_replies, load_policy
 from .settings import INSTRUCTION, Loading, PolicySettings
 
@@ -92,7 +92,7 @@ def policy_stage(run_dir: Path, settings: PolicySettings | None = None, **change
                  "context": getattr(model.config.get_text_config(), "max_position_embeddings", None),
                  "sampling": sampling_facts(tokenizer, model.config, model.generation_config, given.instruction),
                  "provenance": read_json(local) if local.exists() else {
-                     "source": "Hub or local folder", "revision": getattr(model.config, "_commit_hash", None)}}
+                     "source": "Hub or local folder", "revision": hub_commit(place, given.loading.revision)}}
         pairs = load_pairs(run_dir)
         posts = pairs[pairs["split"] == "validation"].drop_duplicates("conversation_id").sort_values("conversation_id")
         posts = posts.head(given.sample_posts).reset_index(drop=True)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ..base.core import device_and_dtype, file_sha256, models_dir
 from ..base.storage import whole_path
 from ..policy.base_models import SMOLLM2_SHA256, explained_loading, nano_key, quiet_libraries
-from ..policy.model_files import load_tokenizer
+from ..policy.model_files import hub_commit, load_tokenizer
 from ..policy.replies import EXAMPLE_POST
 from ..policy.sampling import format_prompt, loading_settings
 from ..policy.settings import PolicySettings, is_folder_name
@@ -74,7 +74,8 @@ def look_at_policy(config: Mapping) -> str:
     longest = max(part["max_new_tokens"] for part in (config["stages"]["evaluation"], config["stages"]["policy"]))
     format_prompt(EXAMPLE_POST, tokenizer, given.instruction, longest)
     hashed = f"weights {file_sha256(weights[0])[:12]}" if len(weights) == 1 else "revision not known"
-    revision = said or (f"revision {facts._commit_hash}" if getattr(facts, "_commit_hash", None) else hashed)
+    commit = hub_commit(place, options.revision)
+    revision = said or (f"revision {commit}" if commit else hashed)
     byte = 0.5 if options.quantization == "4bit" else device_and_dtype()[1].itemsize
     return f"{given.policy}: {revision}, {size:,} parameters, {size * byte / 1e9:.1f} GB of weights in memory"
 

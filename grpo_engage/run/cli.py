@@ -14,13 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base.core import REPO_ROOT, read_json, write_json
+from ..base.core import read_json, write_json
 from ..base.environment import own_environment, refuse_launcher
+from ..base.places import REPO_ROOT, workplace
 from ..base.processes import end_with
 from ..base.settings import default_of, described
 from ..base.storage import check_path, check_writable, whole_path
 from ..data.sources import data_files, is_hub, is_pattern, whole_hub
 from ..evaluation.settings import check_participants
+from ..paper.pdf import usable_engine
 from .commands import add_check_options, add_commands, check_settings, warn_without_gpu
 from .data_card import add_card_arguments, run_card
 from .folders import existing_run, is_busy, only_one, run_folder
@@ -115,8 +117,8 @@ def _summarise(run_dir: Path, config: dict) -> None:
 
 
 def _publish(run_dir: Path) -> None:
-    """Copy the paper that a run made to the repository's paper/ folder."""
-    source, target = run_dir / "paper", REPO_ROOT / "paper"
+    """Copy the paper that a run made to the folder paper/ of the workplace."""
+    source, target = run_dir / "paper", workplace() / "paper"
     for folder in ("figures", "tables"):
         shutil.rmtree(target / folder, ignore_errors=True)  # another run's may have other names
         shutil.copytree(source / folder, target / folder)
@@ -131,6 +133,8 @@ def _run(args: argparse.Namespace) -> int:
     notebook_of(target)
     if target in ("evaluation", "paper"):
         check_participants(config["arms"], config["seeds"])
+    if target == "paper":
+        usable_engine(config["stages"]["paper"]["engine"])
     refuse_missing_files(config)
     warn_without_gpu(load_preset(args.preset))
     profile = str(Path(args.profile).expanduser().resolve()) if args.profile else ""
@@ -290,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         refuse_launcher()
         check_path(REPO_ROOT, "the folder of grpo_engage")
-        for name in ("GRPO_ENGAGE_RUNS", "GRPO_ENGAGE_MODELS"):  # the stages run in other folders
+        for name in ("GRPO_ENGAGE_RUNS", "GRPO_ENGAGE_MODELS", "GRPO_ENGAGE_PLACE"):  # the stages run in other folders
             if os.environ.get(name):
                 os.environ[name] = str(whole_path(os.environ[name], name))
         return args.function(args)

@@ -11,7 +11,8 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..base.core import REPO_ROOT, say
+from ..base.core import say
+from ..base.places import workplace
 from ..base.storage import check_path
 
 # %% ../../nbs/run/09_folders.ipynb #c004
@@ -21,7 +22,7 @@ def run_folder(name: str) -> Path:
     if name.splitlines() != [name] or name[0] == "." or "/" in name or len(name.encode()) > 255:
         raise ValueError(f"{name[:80]!r} is no name for a run (--run, else the preset's): it names one folder, "
                          "without slash or line break, with no dot first, of at most 255 bytes")
-    return Path(os.environ.get("GRPO_ENGAGE_RUNS") or REPO_ROOT / "outputs" / "runs") / name
+    return Path(os.environ.get("GRPO_ENGAGE_RUNS") or workplace() / "outputs" / "runs") / name
 
 
 def existing_run(name: str) -> Path:

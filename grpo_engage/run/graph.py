@@ -17,7 +17,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..base.core import REPO_ROOT, file_sha256, read_json, say
+from ..base.core import file_sha256, read_json, say
+from ..base.places import REPO_ROOT, source_file
 from grpo_engage.base.source_code import (
     code_hash,
     import_closure,
@@ -30,6 +31,7 @@ from ..data.sources import named_data
 from ..policy.settings import is_folder_name
 from ..rewards.reward_parts import check_reward_files, reward_files, shown_reward
 from .settings import STAGES, notebook_of
+from .study import own_code
 from ..train.objective import RIVAL_ARMS, trainable_arm
 
 # %% ../../nbs/run/04_graph.ipynb #c005
@@ -131,7 +133,7 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
     elif stage == "train":
         named |= {f"reward: {name}": path for name, path in reward_files(given["reward"]).items()}
         if given.get("accelerate_config"):
-            named["accelerate_config"] = REPO_ROOT / given["accelerate_config"]
+            named["accelerate_config"] = source_file(given["accelerate_config"])
     elif stage == "best_of_n" and given["own_reward"]:
         named |= {f"own_reward: {name}": path for name, path in reward_files(given["own_reward"]).items()}
     elif stage == "evaluation":
@@ -139,8 +141,8 @@ def outside_files(config: dict, stage: str, arm: str = "") -> dict[str, Path]:
         if given.get("safety_classifier") and is_folder_name(given["safety_classifier"]):
             named["safety_classifier"] = given["safety_classifier"]
     elif stage == "paper":
-        named |= {f"paper/{name}": REPO_ROOT / "paper" / name for name in ("main.tex", "references.bib")}
-        tuning = REPO_ROOT / "benchmarks" / "tuning.csv"  # no run needs it
+        named |= {f"paper/{name}": source_file(f"paper/{name}") for name in ("main.tex", "references.bib")}
+        tuning = source_file("benchmarks/tuning.csv")  # no run needs it
         named |= {"benchmarks/tuning.csv": tuning} if tuning.is_file() else {}
     return {name: whole_path(path, name) for name, path in named.items()}
 
@@ -174,9 +176,9 @@ def run_content(run_dir: Path, names: list[str]) -> dict[str, str | None]:
 
 # %% ../../nbs/run/04_graph.ipynb #c018
 def _cells(notebook: Path, stage_cells: bool) -> list[str]:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    cells, own = json.loads(notebook.read_text(encoding="utf-8"))["cells"], own_code(notebook)
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"
-            and (not stage_cells or "stage" in cell["metadata"].get("tags", ()))]
+            and (not stage_cells or "stage" in cell["metadata"].get("tags", ()) or "".join(cell["source"]) in own)]
 
 
 def _module_of(notebook: Path) -> str:
@@ -194,7 +196,10 @@ def notebook_code(notebook: Path, root: Path = REPO_ROOT) -> dict[str, str]:
     if not cells:
         raise ValueError(f"{notebook} is no stage: none of its cells has the tag `stage`")
     # all in one: an import in one cell serves the next
-    tree = without_demonstrations(without_prose(ast.parse("\n".join(cells))))
+    try:
+        tree = without_demonstrations(without_prose(ast.parse("\n".join(cells))))
+    except SyntaxError as error:
+        raise ValueError(f"{notebook}: no Python: {(error.text or '').strip()!r} ({error.msg})") from error
     module = _module_of(notebook)
     return {"its stage cells": code_hash(tree)} | import_closure({module} | imported(tree, module, root), root)
 

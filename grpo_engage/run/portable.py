@@ -13,17 +13,19 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..base.core import REPO_ROOT, models_dir, read_json, write_json
+from ..base.core import models_dir, read_json, write_json
+from ..base.places import data_root, workplace
 from .graph import job_writes, jobs, outside_files, run_content, stage_folder
 
 # %% ../../nbs/run/19_portable.ipynb #c004
 def places(run_dir: Path, config: Mapping) -> dict[str, str]:
     """Paths of this machine that the run's files may hold -> what stands for them; the longest first."""
+    ours = {path: "." for path in (workplace(), data_root()) if len(path.parts) > 1}
     outside = {path: f"./{path.name}" for stage, arm, _ in jobs(config)
-               for path in outside_files(config, stage, arm).values() if not path.is_relative_to(REPO_ROOT)}
-    known = outside | {run_dir.absolute(): f"outputs/runs/{run_dir.name}", run_dir.absolute().parent: "outputs/runs",
-                       models_dir().absolute(): "outputs/models", REPO_ROOT: ".", Path(sys.prefix): ".venv",
-                       Path(os.path.expanduser("~")): "~"}
+               for path in outside_files(config, stage, arm).values() if not any(map(path.is_relative_to, ours))}
+    known = outside | {Path(os.path.expanduser("~")): "~", Path(sys.prefix): ".venv"} | ours | {
+        models_dir().absolute(): "outputs/models", run_dir.absolute().parent: "outputs/runs",
+        run_dir.absolute(): f"outputs/runs/{run_dir.name}"}
     both = {str(way): name for path, name in known.items() for way in (path, path.resolve())
             if len(way.parts) > 1}  # a home folder may be the root itself
     return dict(sorted(both.items(), key=lambda entry: -len(entry[0])))

@@ -20,6 +20,7 @@ from ..evaluation.arm_files import arm_file_name, file_replies
 from ..evaluation.evaluation import choose_posts, posts_with_replies
 from ..evaluation.generation import plan_jobs
 from ..evaluation.settings import RIVALS, EvaluationSettings, check_participants
+from ..paper.pdf import usable_engine
 from ..rewards.encoder_tuning import tuning_halves
 from ..rewards.engagement_model import EngagementRewardModel
 from ..rewards.gate import gate, unseen_replies
@@ -136,6 +137,7 @@ def look_at_all(place: Path, config: Mapping) -> tuple[list[str], dict]:
     asked, counts = Refusals(place), {}
     asked.ask("run", refuse_missing_files, config)
     asked.ask("evaluation", check_participants, config["arms"], config["seeds"])
+    asked.ask("paper", usable_engine, config["stages"]["paper"]["engine"])
     pairs = asked.ask("data", look_at_data, place, config)
     if (place / "data" / "manifest.json").exists():
         counts["rows"] = read_json(place / "data" / "manifest.json").get("counts", {})

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import psutil
 
-from ..base.core import REPO_ROOT, read_json, say, write_json
+from ..base.core import read_json, say, write_json
 from ..base.environment import own_environment, usable_cores
+from ..base.places import REPO_ROOT, data_root, source_file
 from ..base.storage import check_writable, explained_writing
 from grpo_engage.run.graph import (
     STAMP,
@@ -34,6 +35,7 @@ from grpo_engage.run.graph import (
     stage_folder,
 )
 from .settings import notebook_of
+from .study import refuse_changed_cells
 
 # %% ../../nbs/run/01_runner.ipynb #c004
 _MARK = re.compile(r"^# %% (?:(?:\.\./)+nbs/)?(?P<origin>\S+) #(?P<cell>\S+)$", re.MULTILINE)
@@ -49,11 +51,11 @@ def _absolute(found: re.Match, room: list[str]) -> str:
 # nbdev can tell too, but it is a development dependency, which a run on a rented machine does without.
 def stale_modules(root: Path = REPO_ROOT) -> list[str]:
     """Cells (as `notebook#cell`) whose exported text differs from the module's, in either direction; [] when equal."""
-    exported, found = {}, {}
-    paths = [path.relative_to(root / "nbs") for path in (root / "nbs").rglob("*.ipynb")]
+    exported, found, notebooks = {}, {}, data_root(root) / "nbs"
+    paths = [path.relative_to(notebooks) for path in notebooks.rglob("*.ipynb")]
     # not what JupyterLab keeps in .ipynb_checkpoints
     for name in sorted(path for path in paths if not any(part.startswith(".") for part in path.parts)):
-        for cell in json.loads((root / "nbs" / name).read_text(encoding="utf-8"))["cells"]:
+        for cell in json.loads((notebooks / name).read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
             if cell["cell_type"] == "code" and re.match(r"#\|\s*exports?\b", source):
                 body = re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE)
@@ -71,7 +73,8 @@ def stale_modules(root: Path = REPO_ROOT) -> list[str]:
 
 # %% ../../nbs/run/01_runner.ipynb #c018
 def refuse_stale_modules() -> None:
-    """Raise RuntimeError when the modules are not what the notebooks export."""
+    """Raise RuntimeError when the modules are not what the notebooks export, or a study's notebooks show other code."""
+    refuse_changed_cells()
     if stale := stale_modules():
         raise RuntimeError(f"the modules are not what the notebooks export ({', '.join(stale[:3])}"
                            f"{', ...' if len(stale) > 3 else ''}): run `make export`, then run again")
@@ -155,7 +158,7 @@ def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *,
     `only` names the single rule that may run: what it needs must be there already. `profile` is the path of a Snakemake
     profile; without it there is none, whatever the user's other work has.
     """
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(REPO_ROOT / "Snakefile"), "--nocolor",
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(source_file("Snakefile")), "--nocolor",
                "--directory", str(run_dir), "--configfile", str(config), "--rerun-incomplete",
                "--cores", str(usable_cores()), "--workflow-profile", "none",
                *(["--profile", profile] if profile else []),

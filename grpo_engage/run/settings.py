@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from ..base.core import REPO_ROOT
+from ..base.places import data_root, own_study, source_file
 from ..base.settings import Settings, cell_source, checked, nearest, refuse_secret, setting
 from ..base.storage import check_path, whole_path
 from ..data.settings import DataSettings
@@ -62,8 +62,8 @@ def known_stage(stage: str) -> Stage:
 
 
 def notebook_of(stage: str) -> Path:
-    """The notebook of a stage. Raises: ValueError for an unknown one."""
-    return REPO_ROOT / "nbs" / f"{known_stage(stage).notebook}.ipynb"
+    """The notebook of a stage: the study's own where there is one. Raises: ValueError for an unknown stage."""
+    return source_file(f"nbs/{known_stage(stage).notebook}.ipynb")
 
 
 def user_parameters(stage: str) -> dict:
@@ -109,7 +109,7 @@ class GraphSettings(Settings):
 
 
 def preset_file(name: str, beside: Path | None = None) -> Path:
-    """The file of preset `name`: of configs/, or a path (relative to the folder `beside`, where given).
+    """The file of preset `name`: of configs/ (the study's first), or a path (relative to the folder `beside`, if any).
 
     Raises: ValueError for an unknown preset, with the nearest known one.
     """
@@ -118,12 +118,12 @@ def preset_file(name: str, beside: Path | None = None) -> Path:
         if not path.is_file():
             raise ValueError(f"preset {name!r}: there is no such file")
         return path.resolve()
-    folder = REPO_ROOT / "configs"
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    folders = [place / "configs" for place in (own_study(), data_root()) if place]
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     if name not in known:
         raise ValueError(f"there is no preset {name!r}{nearest(name, known)}; configs/ has {', '.join(known)}, and the "
                          "path of a .yaml file of your own will do")
-    return folder / f"{name}.yaml"
+    return source_file(f"configs/{name}.yaml")
 
 # %% ../../nbs/run/00_settings.ipynb #c013
 def merged(below: Mapping, above: Mapping) -> dict:
@@ -220,7 +220,7 @@ def located(entry: Field, value: object) -> object:
     check_path(value, entry.name)
     if entry.name in ("policy", "safety_classifier") and not is_folder_name(value):
         return value
-    if entry.name == "accelerate_config" and (REPO_ROOT / value).is_file():
+    if entry.name == "accelerate_config" and source_file(value).is_file():
         return value
     return str(whole_path(value, entry.name))
 
