@@ -9,7 +9,6 @@ __all__ = ['Job', 'READS', 'READS_OF_ARMS', 'WRITES', 'STAMP', 'stage_folder', '
            'put_stamps_right']
 
 # %% ../../nbs/run/04_graph.ipynb #c002
-import ast
 import functools
 import hashlib
 import json
@@ -31,7 +30,7 @@ from ..data.sources import named_data
 from ..policy.settings import is_folder_name
 from ..rewards.reward_parts import check_reward_files, reward_files, shown_reward
 from .settings import STAGES, notebook_of
-from .study import own_code
+from .study import own_code, parsed_cells
 from ..train.objective import RIVAL_ARMS, trainable_arm
 
 # %% ../../nbs/run/04_graph.ipynb #c005
@@ -196,10 +195,7 @@ def notebook_code(notebook: Path, root: Path = REPO_ROOT) -> dict[str, str]:
     if not cells:
         raise ValueError(f"{notebook} is no stage: none of its cells has the tag `stage`")
     # all in one: an import in one cell serves the next
-    try:
-        tree = without_demonstrations(without_prose(ast.parse("\n".join(cells))))
-    except SyntaxError as error:
-        raise ValueError(f"{notebook}: no Python: {(error.text or '').strip()!r} ({error.msg})") from error
+    tree = without_demonstrations(without_prose(parsed_cells(notebook, cells)))
     module = _module_of(notebook)
     return {"its stage cells": code_hash(tree)} | import_closure({module} | imported(tree, module, root), root)
 
