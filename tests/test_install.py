@@ -160,7 +160,7 @@ def test_outside_the_checkout_the_commands_answer(installed, tmp_path):
     assert "init" in worked(call(installed, tmp_path, "--help"))
     worked(call(installed, tmp_path, "check", "--preset", "smoke", "--settings"))
     assert str(tmp_path / "outputs" / "runs") in worked(call(installed, tmp_path, "list"))
-    assert "study of preset pilot" in worked(call(installed, tmp_path, "init", "my study", "--preset", "pilot"))
+    assert "study of preset systems" in worked(call(installed, tmp_path, "init", "my study", "--preset", "systems"))
     study = tmp_path / "my study"
     worked(call(installed, study / "nbs", "check", "--preset", "study", "--settings"))
     refused = call(installed, tmp_path, "init", "my study")
