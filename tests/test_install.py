@@ -194,7 +194,9 @@ def test_a_study_runs_outside_the_checkout(installed, tmp_path):
     said = worked(call(installed, study, *run, **models))
     assert "heuristic_reward is due again: code changed: its stage cells" in said and "data is due" not in said
     assert (run_dir / "mine.txt").read_text() == "two"
-    path.write_text(path.read_text().replace("-> float", "-> 'float'"))
+    text = path.read_text()
+    assert text.count("def heuristic_reward_stage(") == 1
+    path.write_text(text.replace("def heuristic_reward_stage(", "def  heuristic_reward_stage("))
     refused = call(installed, study, *run, **models)
     assert refused.returncode == 1 and "02_heuristic_reward.ipynb#" in refused.stderr and "own" in refused.stderr
     assert sorted(path for path in installed.rglob("*")) == before  # nothing was written among the installed files

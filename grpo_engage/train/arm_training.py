@@ -71,8 +71,8 @@ def sampling_engine(sampling: Sampling) -> dict[str, object]:
     if sampling.generation_engine != "vllm":
         return {}
     if not find_spec("vllm"):
-        raise ValueError("generation_engine='vllm' needs a GPU and the package vllm, as pinned (pip install "
-                         "'grpo_engage[vllm]'); without them take generation_engine='transformers'")
+        raise ValueError("generation_engine='vllm' needs the package vllm as pinned (pip install 'grpo_engage[vllm]') "
+                         "and a GPU; without them take generation_engine='transformers'")
     return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": sampling.vllm_memory}
 
 # %% ../../nbs/train/05_arm_training.ipynb #c015
