@@ -21,6 +21,6 @@ setup(
     packages=find_packages(include=["grpo_engage", "grpo_engage.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={"dev": settings["dev_requirements"].split(), "slurm": settings["slurm_requirements"].split()},
     entry_points={"console_scripts": ["grpo_engage=grpo_engage.run.cli:main"]},
 )

@@ -72,3 +72,34 @@ slurmd -D >"$place/log/slurmd.out" 2>&1 & started+=($!)
 for _ in $(seq 100); do sinfo -h -o %t 2>/dev/null | grep -q idle && break; sleep 0.3; done
 sinfo -h -o %t | grep -q idle || { tail -5 "$place"/log/*; stop "the node did not come up"; }
 echo "$(sinfo --version): $(sinfo -h -o '%D node, %c cores, %m MB, partition %P')"
+
+# --- a run through it. The profile is the repository's; this Slurm has no accounts and no accounting.
+export GRPO_ENGAGE_RUNS=$place/runs
+tiny=(--preset smoke -p n_conversations=120 -p max_steps=2 -p 'arms=[baseline]' -p allow_unvalidated_reward=true
+      -p watch_posts=2 -p max_new_tokens=16 --no-estimate)
+slurm=(--profile configs/slurm --cores 2
+       --snakemake='--slurm-no-account --slurm-status-command squeue --slurm-init-seconds-before-status-checks 5')
+run() { "$python" -m grpo_engage run "$@"; }
+
+echo; echo "== up to training, through Slurm"
+run train "${tiny[@]}" --run slurm "${slurm[@]}"
+echo "jobs as Slurm had them:"
+scontrol -o show job | grep -o ' \(Comment\|JobState\|NumCPUs\|TimeLimit\|RunTime\|TRES\)=[^ ]*' | paste -d ' ' - - - - - - 2>/dev/null || true
+
+echo; echo "== the same without Slurm: the same bytes?"
+OMP_NUM_THREADS=2 run train "${tiny[@]}" --run here
+for file in data/pairs.parquet reward_model/labels.parquet train/baseline/seed0/adapter/adapter_model.safetensors; do
+    cmp "$GRPO_ENGAGE_RUNS/slurm/$file" "$GRPO_ENGAGE_RUNS/here/$file" && echo "same bytes: $file"
+done
+
+echo; echo "== a job that cannot be had is said so"
+run data "${tiny[@]}" --run refused "${slurm[@]}" --snakemake='--set-resources data:mem_mb=99000000' && stop "it was not refused"
+
+echo; echo "== the command is killed while its job runs; the job goes on, and the same command takes the run up"
+setsid "$python" -m grpo_engage run data "${tiny[@]}" --run killed "${slurm[@]}" & killed=$!
+for _ in $(seq 600); do squeue -h -o %T | grep -q RUNNING && break; sleep 0.2; done
+kill -9 -- "-$killed"
+squeue -h -o 'job %i: %T (%k)'
+run data "${tiny[@]}" --run killed "${slurm[@]}" --snakemake=--slurm-keep-successful-logs
+cat "$GRPO_ENGAGE_RUNS"/killed/.snakemake/slurm_logs/rule_data/*.log | grep -E '^\[[0-9:]+\] ' | sort
+echo; echo "all done"
