@@ -161,7 +161,7 @@ def test_a_job_waits_for_the_same_job_that_is_still_at_work(runs, finished):
 
 def test_what_a_gpu_preset_asks_for(runs):
     done = runs.run("train", "--run", "big", "--executor", "elsewhere", "--dry-run", "-p", "n_processes=4", "-p",
-                    "n_machines=2", preset="gpu")
+                    "n_machines=2", "-p", "gradient_accumulation=0", preset="gpu")
     assert done.returncode == 0, done.stderr
     rules = re.findall(r"^(?:local)?rule (\w+):$.*?^    resources: (.*?)$", done.stdout + done.stderr,
                        flags=re.MULTILINE | re.DOTALL)
