@@ -84,7 +84,7 @@ run() { "$python" -m grpo_engage run "$@"; }
 echo; echo "== up to training, through Slurm"
 run train "${tiny[@]}" --run slurm "${slurm[@]}"
 echo "jobs as Slurm had them:"
-scontrol -o show job | grep -o ' \(Comment\|JobState\|NumCPUs\|TimeLimit\|RunTime\|TRES\)=[^ ]*' | paste -d ' ' - - - - - - 2>/dev/null || true
+scontrol -o show job | grep -o ' \(Comment\|JobState\|NumCPUs\|TimeLimit\|RunTime\|TRES\)=[^ ]*' | paste -d ' ' - - - - - -
 
 echo; echo "== the same without Slurm: the same bytes?"
 OMP_NUM_THREADS=2 run train "${tiny[@]}" --run here
