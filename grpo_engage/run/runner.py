@@ -216,7 +216,10 @@ def failure_message(run_dir: Path, config: dict, said: str) -> str:
     check_writable(run_dir)
     for path, text in logs.items():
         return f"error: a job stopped outside a stage. {path} ends with:\n  " + "\n  ".join(text.splitlines()[-15:])
-    return "error: the run stopped outside a stage. Snakemake says:\n  " + "\n  ".join(said.splitlines()[-15:])
+    lines = said.splitlines()
+    begins = [number for number, line in enumerate(lines) if line.startswith("Error in ")]  # the first cause
+    shown = lines[begins[0]:][:15] if begins else lines[-15:]
+    return "error: the run stopped outside a stage. Snakemake says:\n  " + "\n  ".join(line[:300] for line in shown)
 
 # %% ../../nbs/run/01_runner.ipynb #v002
 def listed_verdicts(run_dir: Path) -> dict[str, str]:
