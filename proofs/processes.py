@@ -10,11 +10,18 @@ All prompts have the same length: TRL pads on the left and gives no positions, s
 the left, padding changes what the model says. (Models with rotary positions do not mind.)
 
     python proofs/processes.py     # all cases -> proofs/processes.csv
+    python proofs/processes.py --machines 2 --out x.csv
+
+With two machines each process has a launcher of its own, of which the second joins the first in a folder, as
+`python -m grpo_engage join` does on another machine; they meet at 127.0.0.1.
 """
 
 import argparse
+import contextlib
 import csv
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -120,10 +127,27 @@ def difference(one, other) -> float:
     return 0.0 if one == other else float("inf")
 
 
-def compare(cases) -> list[dict]:
-    """One row a case: the largest differences between one process and two."""
+@contextlib.contextmanager
+def second_machine(folder: str):
+    """A process of its own that joins what runs in `folder`, as machine 1, meanwhile."""
+    os.environ["GRPO_ENGAGE_ADDRESS"] = "127.0.0.1"
+    program = f"from grpo_engage.base.processes import join_processes; join_processes({folder!r}, 1, 600)"
+    other = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        yield
+        if code := other.wait(60):
+            raise RuntimeError(f"the second machine ended with exit code {code}")
+    finally:
+        other.kill()
+        del os.environ["GRPO_ENGAGE_ADDRESS"]
+
+
+def compare(cases, machines: int = 1) -> list[dict]:
+    """One row a case: the largest differences between one process and two, on so many machines."""
     with tempfile.TemporaryDirectory() as folder:
-        run_processes(2, [__file__, "--write", folder, "--cases", *cases], Path(folder), "two processes")
+        with second_machine(folder) if machines == 2 else contextlib.nullcontext():
+            run_processes(2, [__file__, "--write", folder, "--cases", *cases], Path(folder), "two processes", "",
+                          machines)
         rows = []
         for place, name in enumerate(cases):
             alone, both = train(**CASES[name]), json.loads((Path(folder) / f"{place}.json").read_text())
@@ -146,13 +170,14 @@ def write(folder: Path, cases) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--machines", type=int, default=1, choices=(1, 2))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)  # one of the two processes
     args = parser.parse_args()
     if args.write:
         report_errors(lambda: write(args.write, args.cases), args.write)
         return 0
-    rows = compare(args.cases)
+    rows = compare(args.cases, args.machines)
     with open(args.out, "w", newline="") as handle:
         writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
         writer.writeheader()

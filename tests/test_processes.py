@@ -8,8 +8,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from training import make_trainer
 
 from grpo_engage.base.core import REPO_ROOT
+from grpo_engage.base.machines import Meeting
 from grpo_engage.base.processes import launch_command, run_processes
 from grpo_engage.train.objective import Objective
+from grpo_engage.train.settings import TrainSettings
 
 specification = importlib.util.spec_from_file_location("processes", REPO_ROOT / "proofs" / "processes.py")
 proof = importlib.util.module_from_spec(specification)
@@ -62,3 +64,22 @@ def test_what_does_not_fit_together_is_refused(base, pairs, tmp_path, monkeypatc
     monkeypatch.setattr("grpo_engage.base.environment.launcher", lambda: "torchrun")  # else the variable is hidden
     with pytest.raises(ValueError, match="n_processes=3 must divide the 8 replies"):
         make_trainer(base, pairs, tmp_path, posts_per_step=2, num_generations=4, **options)
+
+
+@pytest.mark.slow
+def test_two_launchers_that_meet_by_address_compute_what_one_process_computes():
+    """As on two machines: each starts its own process, the second joins the first in their folder."""
+    for row in proof.compare(["all three, max_at_3, clipped"], machines=2):
+        assert float(row.pop("weights_moved_by")) > 1e-3
+        name = row.pop("case")
+        assert max(map(float, row.values())) <= proof.TOLERANCE, (name, row)
+
+
+def test_machines_share_the_processes_evenly():
+    for n_processes, n_machines in ((3, 2), (1, 2)):
+        with pytest.raises(ValueError, match=f"n_machines={n_machines} must divide n_processes={n_processes}"):
+            TrainSettings.make(arm="baseline", n_processes=n_processes, n_machines=n_machines)
+    words = launch_command(4, ["script.py"], "configs/accelerate/fsdp.yaml", Meeting(2, 1, "10.0.0.1", 29500))[3:]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert (args.num_machines, args.machine_rank, args.main_process_ip) == (2, 1, "10.0.0.1")
+    assert (args.main_process_port, args.num_processes, args.use_fsdp) == (29500, 4, True)

@@ -23,6 +23,7 @@ from ..base.storage import check_path, check_writable, whole_path
 from ..data.sources import data_files, is_hub, is_pattern, whole_hub
 from ..evaluation.settings import check_participants
 from ..paper.pdf import usable_engine
+from .cluster import LOCAL, add_cluster_options, executor_of, say_where, snakemake_words
 from .commands import add_check_options, add_commands, check_settings, warn_without_gpu
 from .data_card import add_card_arguments, run_card
 from .folders import existing_run, is_busy, only_one, run_folder
@@ -40,6 +41,7 @@ from .import_command import add_import_arguments, run_import
 from .judge_command import add_judge_arguments, run_judge
 from .listing import as_table, cautions_in_short, pass_at_10
 from .own_data import preset_for
+from .resources import save_recorded
 from .runner import LIBRARIES, failure_message, listed_verdicts, run_stage, snakemake
 from .settings import STAGES, load_preset, notebook_of, resolve_config, user_parameters
 
@@ -91,7 +93,8 @@ def _start(args: argparse.Namespace) -> tuple[Path, dict]:
     if line:
         print(line)
     name = Path(preset).stem  # a preset may be a file of one's own
-    config = resolve_config(load_preset(preset), overrides) | {"preset": name}
+    content = load_preset(preset)
+    config = resolve_config(content, overrides) | {"preset": name, "device": content.get("device", "")}
     if config["stages"]["data"]["source"] == "file" and not config["stages"]["data"]["data_path"]:
         raise ValueError(f"preset {args.preset!r} reads a file: give it with --data PATH (DATA=PATH for make)")
     return run_folder(args.run or name), config
@@ -136,10 +139,9 @@ def _run(args: argparse.Namespace) -> int:
     if target == "paper":
         usable_engine(config["stages"]["paper"]["engine"])
     refuse_missing_files(config)
-    warn_without_gpu(load_preset(args.preset))
-    profile = str(Path(args.profile).expanduser().resolve()) if args.profile else ""
-    if profile and not Path(profile).exists():
-        raise ValueError(f"--profile {args.profile}: there is no such folder or file")
+    words, here = snakemake_words(args), (executor := executor_of(args)) == LOCAL
+    if here:
+        warn_without_gpu(load_preset(args.preset))
     check_writable(run_dir)
     with only_one(run_dir) as lock:
         path = run_dir / (".dry-run.json" if args.dry_run else "config.json")
@@ -152,10 +154,14 @@ def _run(args: argparse.Namespace) -> int:
             from grpo_engage.run.estimate import due, print_known  # loads pandas, which a command does without
 
             print_known(run_dir, config, due(config, done, target))
+        if not here:
+            save_recorded(run_dir, config)
+            say_where(run_dir, executor)
         # the rule of the arms has wildcards, so it is no target: its files are
         targets = [target] if target != "train" else [
             f"train/{arm}/seed{seed}/{STAMP}" for arm in config["arms"] for seed in config["seeds"]]
-        code, said = snakemake(run_dir, path, targets, lock, dry_run=args.dry_run, profile=profile)
+        code, said = snakemake(run_dir, path, targets, lock, dry_run=args.dry_run, words=words,
+                               cores=args.cores or 0, here=here)
         if code == 0 and args.publish and not args.dry_run:
             _publish(run_dir)
     if args.dry_run:
@@ -206,7 +212,8 @@ def _estimate(args: argparse.Namespace) -> int:
     run_dir = existing_run(args.compare) if args.compare else None
     if not (args.preset or run_dir):
         raise ValueError("say what is to be tried: --preset NAME, or --compare RUN for the settings of that run")
-    print_forecast(_start(args)[1] if args.preset else read_json(run_dir / "config.json"), args.price, run_dir)
+    target, config = _start(args) if args.preset else (run_dir, read_json(run_dir / "config.json"))
+    print_forecast(config, args.price, run_dir, target if args.save else None)
     return 0
 
 
@@ -267,13 +274,14 @@ def _parser() -> argparse.ArgumentParser:
     preset(run)
     run.add_argument("--dry-run", action="store_true", help="say what would run and why, and run nothing")
     run.add_argument("--no-estimate", action="store_true", help="do not say how long earlier runs took for the same")
-    run.add_argument("--profile", default="", help="a folder with a Snakemake profile (no other one is ever used)")
+    add_cluster_options(run)
     run.add_argument("--publish", action="store_true", help="copy the paper to paper/ at the end")
     preset(check := command("check", _check, "look at data, machine, model and settings; say what would be refused"))
     add_check_options(check)
     add_commands(command)
     preset(trial := command("estimate", _estimate, "try a preset: time, memory and money of a run"), required=False)
     trial.add_argument("--price", type=float, help="US dollars an hour of this machine")
+    trial.add_argument("--save", action="store_true", help="keep it: what `run` asks a cluster for (docs/cluster.md)")
     trial.add_argument("--compare", default="", metavar="RUN", help="show what this run took beside the forecast")
     command("paper", _paper, "make the paper of a run and copy it to paper/").add_argument("--run", required=True)
     command("list", _list, "list the runs with status, time and headline numbers")

@@ -185,8 +185,9 @@ def _notebook_seconds(folder: Path) -> float:
     return max(filter(None, found), default=0.0)
 
 # %% ../../nbs/run/10_costs.ipynb #c025
-def recorded(runs: Iterable[Path], config: Mapping, job: Job) -> tuple[Spent, str] | None:
-    """What the newest job with the same `drivers` took on this machine, and the name of its run; None without one.
+def recorded(runs: Iterable[Path], config: Mapping, job: Job, anywhere: bool = False) -> tuple[Spent, str] | None:
+    """What the newest job with the same `drivers` took, and the name of its run; None without one. On a machine like
+    this one, or, with `anywhere`, on any.
 
     runs: folders of runs. Seeds and arms of another name count where all else is equal.
     """
@@ -197,8 +198,9 @@ def recorded(runs: Iterable[Path], config: Mapping, job: Job) -> tuple[Spent, st
         for other in _alike(theirs, job):
             folder = stage_folder(run_dir, *other)
             spent = spent_by(folder)
-            if spent and is_this_machine(read_json(folder / "manifest.json").get("hardware", {}), threads) and (
-                    _drivers_of_any_version(theirs, other) == wanted):
+            here = anywhere or spent and is_this_machine(
+                read_json(folder / "manifest.json").get("hardware", {}), threads)
+            if spent and here and _drivers_of_any_version(theirs, other) == wanted:
                 found.append(((folder / "manifest.json").stat().st_mtime_ns, spent, run_dir.name))
     return max(found, key=lambda entry: entry[0])[1:] if found else None
 

@@ -17,6 +17,7 @@ from ..base.environment import usable_cores
 from .cores import clock_seconds
 from .costs import Spent, as_text, cost, recorded, spent_by, table, work
 from .graph import Job, job_needs, jobs, refuse_missing_files, stage_folder, standing
+from .resources import RESOURCES, save_resources
 
 # %% ../../nbs/run/13_estimate.ipynb #c005
 def machine_price(given: float | None, config: Mapping) -> float:
@@ -62,11 +63,18 @@ def beside(found: Mapping[Job, Spent], run_dir: Path, config: Mapping) -> pd.Dat
                          "real_gb": theirs["memory_gb"]})
 
 # %% ../../nbs/run/13_estimate.ipynb #c013
-def print_forecast(config: Mapping, price: float | None = None, run_dir: Path | None = None) -> None:
-    """The command `estimate`: a trial of `config`, and its table; beside the run in `run_dir`, where one is given."""
+def print_forecast(config: Mapping, price: float | None = None, run_dir: Path | None = None,
+                   save: Path | None = None) -> None:
+    """The command `estimate`: a trial of `config`, and its table; beside the run in `run_dir`, where one is given.
+
+    save: the folder of the run that is to ask a cluster for so much (`run/29_resources`).
+    """
     usd_per_hour = machine_price(price, config)
     found = forecast(config)
     print(as_text(shown(found, config, usd_per_hour)))
+    if save:
+        save_resources(save, config, found, "estimate")
+        print(f"kept in {save / RESOURCES}, with which `run` asks a cluster for memory and time")
     if run_dir:
         print(f"beside the run {run_dir.name!r} (ratio: predicted seconds over real ones)")
         print(as_text(beside(found, run_dir, config)))

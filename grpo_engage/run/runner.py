@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'stale_modules', 'refuse_stale_modules', 'remove_results', 'note_what_it_was_made_from', 'run_stage',
-           'snakemake', 'failure_message', 'listed_verdicts']
+           'snakemake', 'executor_logs', 'failure_message', 'listed_verdicts']
 
 # %% ../../nbs/run/01_runner.ipynb #c002
 import itertools
@@ -24,6 +24,7 @@ from ..base.core import read_json, say, write_json
 from ..base.environment import own_environment, usable_cores
 from ..base.places import REPO_ROOT, data_root, source_file
 from ..base.storage import check_writable, explained_writing
+from .folders import only_one
 from grpo_engage.run.graph import (
     STAMP,
     job_parameters,
@@ -108,36 +109,25 @@ def note_what_it_was_made_from(run_dir: Path, job: tuple, made: dict, seconds: f
 def run_stage(run_dir: Path, stage: str, arm: str = "", seed: int | None = None) -> None:
     """Execute one job of a run, unless it is done and nothing that it was made from has changed.
 
-    On failure the job's manifest gets status `failed` and the error is raised. Training leaves its checkpoints until it
-    ends, so that a job that was killed goes on.
+    Where the same job is still at work (on a cluster it may outlive the command that submitted it), it is waited for.
+    On failure the job's manifest gets status `failed` and the error is raised. Training leaves its checkpoints until
+    it ends, so that a job that was killed goes on.
 
     Raises: NotebookFailure; OSError when the folder cannot be written; RuntimeError when the modules are not what the
     notebooks export, or when a file that the stage should write is lacking at its end.
     """
-    # here: papermill takes half a second to import, and only a stage that runs needs it
-    from grpo_engage.run.execution import NotebookFailure, execute_notebook
-
     refuse_stale_modules()
-    job, config, notebook = (stage, arm, seed), read_json(run_dir / "config.json"), notebook_of(stage)
+    job, config = (stage, arm, seed), read_json(run_dir / "config.json")
     folder, label = stage_folder(run_dir, *job), f"stage {stage}" + (f" ({arm}, seed {seed})" if arm else "")
-    if not reasons(run_dir, config, *job):
-        say(f"{label}: nothing that it was made from has changed; kept")
-        (folder / STAMP).touch()
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have come just before they went
-        return
-    parameters, made = job_parameters(config, *job), made_from(run_dir, config, *job)
-    began = psutil.Process().create_time()  # the imports of this process are a part of the job
-    say(f"{label}: started")
-    with explained_writing(folder):  # a full disk hits the executed notebook and the manifest too
-        remove_results(run_dir, job_writes(*job))
-        try:
-            execute_notebook(notebook, folder / notebook.name, parameters | {"run_dir": str(run_dir)}, label)
-        except NotebookFailure as failure:
-            path = folder / "manifest.json"
-            record = read_json(path) if path.exists() else {"stage": stage, "parameters": parameters}
-            write_json(path, record | {"status": "failed", "error": str(failure)})
-            raise
-        note_what_it_was_made_from(run_dir, job, made, time.time() - began)
+    parameters = job_parameters(config, *job)
+    with explained_writing(folder), only_one(folder):  # a full disk hits the executed notebook and the manifest too
+        if reasons(run_dir, config, *job):
+            _execute(run_dir, config, job, label)
+        else:
+            say(f"{label}: nothing that it was made from has changed; kept")
+            (folder / STAMP).touch()
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have come just before they went
+            return
     if stage == "data" and parameters["source"] == "file":
         from grpo_engage.run.data_card import write_card  # loads pandas
 
@@ -146,34 +136,57 @@ def run_stage(run_dir: Path, stage: str, arm: str = "", seed: int | None = None)
     if stage == "train":
         shutil.rmtree(folder / "checkpoints")
 
+
+def _execute(run_dir: Path, config: dict, job: tuple, label: str) -> None:
+    # here: papermill takes half a second to import, and only a stage that runs needs it
+    from grpo_engage.run.execution import NotebookFailure, execute_notebook
+
+    folder, notebook = stage_folder(run_dir, *job), notebook_of(job[0])
+    parameters, made = job_parameters(config, *job), made_from(run_dir, config, *job)
+    began = psutil.Process().create_time()  # the imports of this process are a part of the job
+    say(f"{label}: started")
+    remove_results(run_dir, job_writes(*job))
+    try:
+        execute_notebook(notebook, folder / notebook.name, parameters | {"run_dir": str(run_dir)}, label)
+    except NotebookFailure as failure:
+        path = folder / "manifest.json"
+        record = read_json(path) if path.exists() else {"stage": job[0], "parameters": parameters}
+        write_json(path, record | {"status": "failed", "error": str(failure)})
+        raise
+    note_what_it_was_made_from(run_dir, job, made, time.time() - began)
+
 # %% ../../nbs/run/01_runner.ipynb #c031
 LIBRARIES = ".libraries"  # what Snakemake, Jupyter and matplotlib keep for a run
 
 
 def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *, only: str = "",
-              dry_run: bool = False, profile: str = "") -> tuple[int, str]:
+              dry_run: bool = False, words: Sequence[str] = (), cores: int = 0,
+              here: bool = True) -> tuple[int, str]:
     """Run the graph in `run_dir` with the settings of `config` up to `targets` (rules or files); returns Snakemake's
     exit code and what was added to snakemake.log.
 
-    `only` names the single rule that may run: what it needs must be there already. `profile` is the path of a Snakemake
-    profile; without it there is none, whatever the user's other work has.
+    `only` names the single rule that may run: what it needs must be there already. `words` are further options; a
+    profile counts only where they name it, whatever the user's other work has. `cores` (0: those of this machine) are
+    the cores of the run, or of a job where the jobs run elsewhere; `here`: they run on this machine, and end with us.
     """
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(source_file("Snakefile")), "--nocolor",
+    cores = cores or usable_cores()
+    command = [sys.executable, "-m", "snakemake", *words, "--snakefile", str(source_file("Snakefile")), "--nocolor",
                "--directory", str(run_dir), "--configfile", str(config), "--rerun-incomplete",
-               "--cores", str(usable_cores()), "--workflow-profile", "none",
-               *(["--profile", profile] if profile else []),
+               "--cores", str(cores), "--workflow-profile", "none",
                # we hold the run's lock; Snakemake's own outlives a kill, and takes braces in a path for wildcards
                "--nolock",
                # what a change reaches is decided by content (run/04_graph), and said by a stamp that is missing
                "--rerun-triggers", "mtime"]
     environment = own_environment(run_dir / LIBRARIES) | {
-        "GRPO_ENGAGE_PARENT": f"{os.uname().nodename}:{os.getpid()}", "GRPO_ENGAGE_PYTHON": sys.executable}
+        # a scheduler's job sees other cores than we do, and is ended by its scheduler
+        "GRPO_ENGAGE_CORES": str(cores), "GRPO_ENGAGE_PYTHON": sys.executable,
+        "GRPO_ENGAGE_PARENT": f"{os.uname().nodename}:{os.getpid()}" if here else ""}
     with open(run_dir / "snakemake.log", "a+", encoding="utf-8") as log:
         start = log.seek(0, os.SEEK_END)
 
         how = ["--dry-run", "--quiet", "host", "progress"] if dry_run else ["--allowed-rules", only] if only else []
         done = subprocess.run([*command, *how, "--", *targets], stderr=log, stdin=subprocess.DEVNULL,
-                              pass_fds=(lock,), env=environment)
+                              pass_fds=(lock,), env=environment, cwd=run_dir)  # a scheduler begins its jobs here
         log.seek(start)
         return done.returncode, log.read()
 
@@ -181,10 +194,22 @@ def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *,
 _OWN_ERROR = re.compile(r"^error: .*(?:\n  .*)*", re.MULTILINE)
 
 
+def executor_logs(run_dir: Path, said: str) -> dict[Path, str]:
+    """The logs of jobs on other machines that an executor left and `said` names, as path -> text, the newest first.
+
+    The executor deletes those of jobs that ended well.
+    """
+    found = [path for path in run_dir.glob(".snakemake/*_logs/**/*.log") if str(path) in said]
+    return {path: path.read_text(encoding="utf-8", errors="replace")
+            for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)}
+
+
 def failure_message(run_dir: Path, config: dict, said: str) -> str:
-    """Why a run stopped: the job's own error in `said` (what was added to snakemake.log), else the error in a job's
-    manifest, else the last lines of `said`. Raises: OSError when the run's folder cannot be written."""
-    if own := _OWN_ERROR.findall(said):
+    """Why a run stopped: the job's own error in `said` (what was added to snakemake.log) or in the log of a job that
+    ran elsewhere, else the error in a job's manifest, else the last lines. Raises: OSError when the run's folder cannot
+    be written."""
+    logs = executor_logs(run_dir, said)
+    if own := _OWN_ERROR.findall("\n".join([said, *logs.values()])):
         return own[-1]
     for job in jobs(config):
         path = stage_folder(run_dir, *job) / "manifest.json"
@@ -192,7 +217,12 @@ def failure_message(run_dir: Path, config: dict, said: str) -> str:
         if record.get("status") == "failed":
             return f"error: {record.get('error')}"
     check_writable(run_dir)
-    return "error: the run stopped outside a stage. Snakemake says:\n  " + "\n  ".join(said.splitlines()[-15:])
+    for path, text in logs.items():
+        return f"error: a job stopped outside a stage. {path} ends with:\n  " + "\n  ".join(text.splitlines()[-15:])
+    lines = said.splitlines()
+    begins = [number for number, line in enumerate(lines) if line.startswith("Error in ")]  # the first cause
+    shown = lines[begins[0]:][:15] if begins else lines[-15:]
+    return "error: the run stopped outside a stage. Snakemake says:\n  " + "\n  ".join(line[:300] for line in shown)
 
 # %% ../../nbs/run/01_runner.ipynb #v002
 def listed_verdicts(run_dir: Path) -> dict[str, str]:

@@ -46,7 +46,7 @@ def train_arm_in_processes(base: str | Path, examples: pd.DataFrame, folder: Pat
         "settings": settings.flat(), "warm_start": str(warm_start) if warm_start else None,
         "options": options | {"label": label}})
     run_processes(several.n_processes, ["-m", "grpo_engage.train.many_processes", str(place)], place, label,
-                  several.accelerate_config)
+                  several.accelerate_config, several.n_machines)
     shutil.rmtree(place)
     return pd.read_csv(Path(folder) / "train_log.csv", float_precision="round_trip")
 

@@ -141,6 +141,8 @@ class Processes(Settings):
 
     n_processes: int = setting(1, "above 1: that many processes share a step's replies, started by accelerate launch",
                                low=1, high=4096)
+    n_machines: int = setting(1, "above 1: n_processes are shared out to so many machines (docs/cluster.md)", low=1,
+                              high=1024)
     accelerate_config: str = setting(
         "", "for n_processes > 1: a file of configs/accelerate/ (FSDP, DeepSpeed); empty: plain", path=True)
 
@@ -201,6 +203,10 @@ def check_oracle(arm: str, kind: str, reward: str) -> None:
 
 def check_training(settings: TrainSettings, objective: Arm, n_processes: int = 0) -> None:
     """Raise ValueError, with the parameters named, where `settings` cannot train `objective` in `n_processes`."""
+    several = settings.processes
+    if several.n_processes % several.n_machines or several.n_machines > 1 == several.n_processes:
+        raise ValueError(f"n_machines={several.n_machines} must divide n_processes={several.n_processes}, those of all "
+                         "machines together")
     settings.share(objective, n_processes)
     if not (objective.beta or objective.lam):
         return
