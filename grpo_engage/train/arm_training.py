@@ -19,13 +19,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from ..base.core import device_and_dtype, file_sha256
+from ..base.core import file_sha256
 from ..base.environment import as_one_process
 from ..base.processes import on_first_process, world_size
 from ..base.storage import explained_writing
 from ..base.trainer_lines import ProgressLines
 from ..policy.base_models import quiet_libraries
-from ..policy.sampling import clean_text, format_prompt, load_adapted, load_policy
+from ..policy.sampling import clean_text, device_and_precision, format_prompt, load_adapted, load_policy
 from ..policy.settings import INSTRUCTION, Loading
 from ..text.diversity import SetFunction
 from .loop import MARKS, KeepMarks, WarnOfTrouble, lora_config, prepare_checkpoints, run_trainer
@@ -76,12 +76,13 @@ def sampling_engine(sampling: Sampling) -> dict[str, object]:
     return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": sampling.vllm_memory}
 
 # %% ../../nbs/train/05_arm_training.ipynb #c015
-def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, seed: int) -> ReplyConfig:
+def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, seed: int, precision: str = "auto"
+                ) -> ReplyConfig:
     """TRL's settings for training `objective` by `settings`, with checkpoints below `folder`."""
     optimiser, sampling, credit = settings.optimiser, settings.sampling, settings.credit
     generates, share = bool(objective.beta or objective.lam), settings.share(objective, world_size())
     micro = micro_batch(share, optimiser)
-    device, dtype = device_and_dtype()
+    device, dtype = device_and_precision(precision)
     return ReplyConfig(
         generates=generates,
         output_dir=str(Path(folder) / "checkpoints"), seed=seed,
@@ -136,8 +137,8 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
     quiet_libraries()
     objective = objective or settings.objective()
     check_training(settings, objective, world_size())
-    arguments = grpo_config(settings, objective, folder, settings.seed if seed is None else seed)
     loading = Loading.make(**loading or {}).flat()
+    arguments = grpo_config(settings, objective, folder, settings.seed if seed is None else seed, loading["precision"])
     if warm_start is None:
         model, tokenizer = load_policy(base, **loading)
         adapter = {"peft_config": lora_config(**settings.adapter.flat())}
