@@ -48,7 +48,8 @@ def in_pieces(way: str, folder: Path, target: list[str]) -> None:
     paths = os.pathsep.join([str(REPO_ROOT), str(Path(__file__).resolve().parent)])
     environment = own_environment(folder / "libraries") | {
         "GRPO_ENGAGE_LAUNCHER": f"{os.uname().nodename}:{os.getpid()}", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu"}
+        "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": os.environ.get(
+            "TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/torch_extensions"))}  # DeepSpeed compiles one, once
     done = subprocess.run(launch_command(2, target, folder / "config.yaml"), env=environment, text=True,
                           capture_output=True, stdin=subprocess.DEVNULL)
     if done.returncode:

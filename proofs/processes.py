@@ -32,6 +32,7 @@ from grpo_engage.studies.enumeration import EnumeratedTrainer, all_replies, tiny
 from grpo_engage.train.objective import Objective
 
 REPLIES, STEPS, TOLERANCE = 12, 3, 1e-5
+NO_DIFFERENCE = ("way", "case", "weights_moved_by", "held")  # columns of the table
 CASES = {
     "reward, K = 4 (a group in two processes)": dict(objective=Objective(0.0, 1.0, 0.0), accumulation=1),
     "reward, K = 3": dict(objective=Objective(0.0, 1.0, 0.0), k=3),
@@ -112,8 +113,17 @@ def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str =
         unlike += ["entropy", "kl"]
     logs = [{name: value for name, value in entry.items() if not any(word in name for word in unlike)}
             for entry in trainer.state.log_history if "loss" in entry]
-    return {"seen": trainer.seen, "logs": logs, "weights": weights().tolist(),
+    return {"seen": trainer.seen, "logs": logs, "weights": weights().tolist(), "held": held(trainer),
             "moved": float((weights() - start).abs().max())}
+
+
+def held(trainer) -> str:
+    """Who holds the weights in pieces (fsdp: at least half of them are; deepspeed), "" where each process has all."""
+    parameters = list(trainer.model.parameters())
+    shared = sum(p.numel() for p in parameters if hasattr(p, "full_tensor"))
+    if trainer.is_deepspeed_enabled and trainer.deepspeed.zero_optimization_stage() == 2:
+        return "deepspeed"
+    return "fsdp" if trainer.is_fsdp_enabled and shared > sum(p.numel() for p in parameters) / 2 else ""
 
 
 def difference(one, other) -> float:
@@ -142,7 +152,7 @@ def compared(folder: Path, place: int, name: str) -> dict:
     parts |= {"losses": ([entry["loss"] for entry in alone["logs"]], [e["loss"] for e in both["logs"]]),
               "metrics": (alone["logs"], both["logs"]), "weights": (alone["weights"], both["weights"])}
     return {"case": name, **{part: f"{difference(*pair):.1e}" for part, pair in parts.items()},
-            "weights_moved_by": f"{alone['moved']:.1e}"}
+            "weights_moved_by": f"{alone['moved']:.1e}"} | ({"held": both["held"]} if both["held"] else {})
 
 
 def write(folder: Path, cases) -> None:
@@ -173,7 +183,7 @@ def told(rows: list[dict]) -> int:
     """Print `rows`; the exit code: 1 where a case differs."""
     wrong = 0
     for row in rows:
-        numbers = {part: float(value) for part, value in row.items() if part not in ("way", "case", "weights_moved_by")}
+        numbers = {part: float(value) for part, value in row.items() if part not in NO_DIFFERENCE}
         wrong += max(numbers.values()) > TOLERANCE
         print(f"{row.get('way', '')} {row['case']:50} " + ", ".join(f"{part} {v:.0e}" for part, v in numbers.items()))
     print(f"{wrong} cases differ" if wrong else f"every difference is at most {TOLERANCE:g}")

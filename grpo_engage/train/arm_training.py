@@ -67,12 +67,14 @@ def micro_batch(share: int, optimiser: Optimiser) -> int:
 
 # %% ../../nbs/train/05_arm_training.ipynb #c012
 def sampling_engine(sampling: Sampling) -> dict[str, object]:
-    """Options of GRPOConfig for what samples. Raises: ValueError for vLLM without its package."""
+    """Options of GRPOConfig for what samples. Raises: ValueError for vLLM without its package, or too hot for it."""
     if sampling.generation_engine != "vllm":
         return {}
     if not find_spec("vllm"):
         raise ValueError("generation_engine='vllm' needs the package vllm (pip install vllm) and a GPU; without "
                          "them take generation_engine='transformers'")
+    if sampling.temperature > 2:
+        raise ValueError(f"temperature={sampling.temperature:g} with generation_engine='vllm': vLLM takes at most 2")
     return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": sampling.vllm_memory}
 
 # %% ../../nbs/train/05_arm_training.ipynb #c015
