@@ -162,6 +162,9 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
         policy_every=credit.policy_every, max_length=settings.optimiser.max_length, processing_class=tokenizer,
         callbacks=[*reporting(settings.watching.report_to, folder)[1], ProgressLines(label), WarnOfTrouble(label),
                    *callbacks], **adapter)
+    for weight in trainer.model.parameters():  # TRL has an adapter of a 4-bit model in bfloat16, where a step of
+        if weight.requires_grad and weight.dtype == torch.bfloat16:  # 1e-5 on a weight of .01 changes nothing
+            weight.data = weight.data.float()
     if watch:
         trainer.add_callback(WatchReplies(trainer, watch, folder, label))
     return trainer
