@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -18,11 +19,14 @@ from transformers import TrainerCallback
 from trl.generation import vllm_generation
 
 from grpo_engage.base.core import REPO_ROOT
+from grpo_engage.evaluation.settings import EvaluationSettings
+from grpo_engage.paper.settings import PaperSettings
 from grpo_engage.policy.sampling import generate_replies, load_adapted, load_policy, reply_nll
+from grpo_engage.policy.settings import PolicySettings
 from grpo_engage.rewards import causal_reward
 from grpo_engage.train.arm_training import sampling_engine
 from grpo_engage.train.objective import Objective
-from grpo_engage.train.settings import Sampling
+from grpo_engage.train.settings import Sampling, TrainSettings
 
 HYBRID = Objective(0.3, 0.5, 0.2)
 SMALL = dict(max_steps=4, save_steps=2, posts_per_step=4, num_generations=4, learning_rate=1e-3, batch_size=8,
@@ -276,3 +280,81 @@ def test_what_differs_too_much_fails(monkeypatch):
     for found in (1.03, float("nan")):
         with pytest.raises(AssertionError, match="allowed 2%"):
             gpu_check.near(found, 1.0, 0.02, "nats")
+
+
+# ---- the way there and back
+
+def test_the_wheels_are_split_into_parts_that_can_be_carried(monkeypatch):
+    monkeypatch.syspath_prepend(REPO_ROOT / "benchmarks")
+    import gpu_wheels
+
+    assert gpu_wheels.parts({"a": 40, "b": 30, "c": 20, "d": 10}, 64) == [["a", "c"], ["b", "d"]]
+    with pytest.raises(ValueError, match="torch has 0 MiB alone"):
+        gpu_wheels.parts({"torch": 64}, 64)
+    assert {name.partition("==")[0].lower().replace("_", "-") for name in gpu_wheels.locked()} == {*gpu_wheels.NEEDED}
+    with pytest.raises(FileNotFoundError, match="carry what `pack` left there"):
+        gpu_wheels.unpack(REPO_ROOT / "nowhere", REPO_ROOT / "nowhere")
+
+
+def test_gpu_check_loads_nothing_that_is_neither_there_nor_among_the_wheels(monkeypatch):
+    """In a process of its own: which distributions its modules are from, less what the four packages bring."""
+    program = """if True:
+    import importlib.metadata, re, sys
+    from packaging.requirements import Requirement
+    sys.path.insert(0, "benchmarks")
+    import gpu_check, gpu_wheels
+    def name(text): return re.sub("[-_.]+", "-", text).lower()
+    there, ask = set(), ["torch", "transformers", "accelerate", "peft"]
+    while ask:
+        package = name(ask.pop())
+        if package in there:
+            continue
+        there.add(package)
+        try:
+            needs = map(Requirement, importlib.metadata.requires(package) or [])
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        ask += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    owners = importlib.metadata.packages_distributions()
+    used = {name(owner) for module in {module.partition(".")[0] for module in sys.modules}
+            for owner in owners.get(module, [])}
+    print(sorted(used - there - {*gpu_wheels.NEEDED, "grpo-engage"}))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPO_ROOT, capture_output=True, text=True,
+                          env=environment())
+    assert done.returncode == 0, done.stderr[-2000:]
+    optional = {"colorama", "protobuf", "deepspeed", "bitsandbytes"}  # taken where they are there
+    assert set(json.loads(done.stdout.splitlines()[-1].replace("'", '"'))) <= optional
+
+
+def commands():
+    """The commands in the code blocks of docs/gpu.md and in the cells of docs/colab.ipynb."""
+    text = (REPO_ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+             for line in block.splitlines()]
+    notebook = json.loads((REPO_ROOT / "docs" / "colab.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    return lines, [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+
+
+def test_every_line_of_the_way_says_whether_it_was_tried_and_names_what_there_is():
+    lines, cells = commands()
+    assert len(lines) > 20 and all(re.search(r"#.*(run here|not run)|^#", line) for line in lines), lines
+    whole = (REPO_ROOT / "docs" / "gpu.md").read_text(encoding="utf-8") + "\n".join(cells)
+    targets = set(re.findall(r"^([a-z-]+):", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|[!&] ?)make ([a-z-]+)", "\n".join([*lines, *cells]), re.MULTILINE)) <= targets
+    names = set(re.findall(r"-p ([a-z_.]+)=", whole))
+    known = {name for settings in (PolicySettings, TrainSettings, EvaluationSettings, PaperSettings)
+             for name in settings.leaves()}
+    assert len(names) > 8 and {name.rpartition(".")[2] for name in names} <= known
+    for name in re.findall(r"\]\(([^)#:]+)\)|`((?:benchmarks|configs|proofs|tests)/[\w./-]+)`", whole):
+        place = "".join(name)
+        assert (REPO_ROOT / place).exists() or (REPO_ROOT / "docs" / place).exists(), place
+
+
+def test_the_container_copies_and_installs_what_there_is():
+    text = (REPO_ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = [word for line in re.findall(r"^COPY (.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
+    assert len(copied) > 5 and all((REPO_ROOT / name).exists() for name in copied)
+    needs = re.search(r"^\$\(READY\): (.*)$", (REPO_ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert set(needs) <= set(copied)  # else make would install again
