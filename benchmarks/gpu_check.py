@@ -11,6 +11,7 @@ no package, no GPU, time is over). `table.md` is what the README's "what was run
 """
 
 import argparse
+import gc
 import shutil
 import sys
 import tempfile
@@ -211,12 +212,14 @@ def timed(step: Callable[[], float]) -> Callable[[], float]:
 def ratios(bench: Bench, what: str, theirs: str, size: str, steps: Callable[[str], Callable[[], float]],
            ways: tuple[str, str]) -> list[dict]:
     """Rows of the ratio table. steps: makes the step of a way; memory is of each alone, seconds of both in turn."""
-    made, memory = {}, {}
+    memory = {}
     for way in ways:
+        gc.collect()  # a trainer and its model hold each other
         peak_mb(reset=True)
-        made[way] = timed(steps(way))
-        made[way]()
-        memory[way] = peak_mb(reset=True)
+        steps(way)()
+        memory[way] = peak_mb()
+    gc.collect()
+    made = {way: timed(steps(way)) for way in ways}
     rows = speed.rows_of(speed.in_turn(made, bench.rounds), theirs, {"what": what, "size": size})
     return [row | {"peak_gpu_mb": memory[row["way"]]} for row in rows]
 
