@@ -120,7 +120,9 @@ def test_a_whole_run_of_nano_in_bfloat16(tmp_path):
     facts = json.loads((tmp_path / "half" / "policy" / "policy.json").read_text())
     assert facts["dtype"] == facts["precision"] == "bfloat16"
     metrics = pd.read_csv(tmp_path / "half" / "evaluation" / "metrics.csv")
-    assert {"baseline", "grpo"} <= set(metrics["arm"]) and metrics["value"].notna().all()
+    mine = metrics[metrics["arm"].isin(["baseline", "grpo"])].set_index(["arm", "metric"])["value"]
+    for name in ("pass@1", "pass@10", "self_bleu", "gold_appeal", "judge_engagement", "rouge_l"):
+        assert np.isfinite(mine.xs(name, level="metric")).all(), name
     assert (tmp_path / "half" / "paper" / "main.pdf").read_bytes().startswith(b"%PDF")
 
 
@@ -180,7 +182,7 @@ def test_vllm_is_asked_for_what_training_scores(base, pairs, tmp_path, vllm):
     assert llm.pushes and set(llm.pushes[: len(llm.pushes) // 2]) == names
     assert [kind for kind, *_ in llm.calls] == ["reset", "generate"] * 2
     own = load_policy(base)[0].state_dict()
-    moved = max(float((llm.weights[name] - own[name]).abs().max()) for name in names)
+    moved = max(float((llm.weights[name].detach() - own[name]).abs().max()) for name in names)
     assert 1e-6 < moved < 1
     assert log["mean_length"].between(1, 12).all() and np.isfinite(log["loss"]).all()
 
