@@ -17,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 # OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help paper figures run list lab test test-all everything proofs planted export clean-notebooks install hooks docs errors bench clean
+.PHONY: help paper figures run list lab test test-all everything proofs planted export clean-notebooks install hooks docs errors bench clean gpu-check
 
 help:
 	@echo "make paper [RUN=name]                  run the embedded default (or take the run NAME) and make its paper"
@@ -29,6 +29,7 @@ help:
 	@echo "make lab                               the notebooks in JupyterLab"
 	@echo "make bench                             training and sampling beside TRL's and transformers' own, on this machine"
 	@echo "make figures                           the README's figures and the studies' tables from committed results"
+	@echo "make gpu-check                         each path that wants a GPU, on one, in ten minutes; the table is for the README"
 	@echo "make list                              the runs with status, time and headline numbers"
 	@echo "make export                            notebooks -> grpo_engage/"
 	@echo "make docs                              the documentation as HTML in _docs/, every link followed"
@@ -118,11 +119,12 @@ everything: $(READY)
 	$(BIN)/python proofs/processes.py --out outputs/processes.csv
 	@echo "all passed"
 
-# The coverage of the intervals and two processes against one (a minute each), kill -9 at random moments (half an hour),
+# The coverage of the intervals and two processes against one, also with weights in pieces (a minute each), kill -9 at random moments (half an hour),
 # then the trainer's gradient by enumeration (long); leaves proofs/*.csv
 proofs: $(READY)
 	$(BIN)/python proofs/coverage.py
 	$(BIN)/python proofs/processes.py
+	$(BIN)/python proofs/pieces.py
 	$(BIN)/python proofs/survival.py
 	$(BIN)/python proofs/gradient.py
 
@@ -135,6 +137,11 @@ planted: $(READY)
 bench: $(READY)
 	mkdir -p outputs
 	$(BIN)/python benchmarks/speed.py outputs/speed.csv $(ARGS)
+
+# What only a GPU can show (docs/gpu.md); leaves outputs/gpu-check/: checks.csv, speed.csv, table.md. ARGS="--tiny": the same
+# code without a GPU
+gpu-check: $(READY)
+	$(BIN)/python benchmarks/gpu_check.py outputs/gpu-check $(ARGS)
 
 clean:
 	rm -rf outputs/runs paper/figures paper/tables paper/macros.tex paper/main.pdf

@@ -32,7 +32,7 @@ import grpo_engage  # noqa: E402
 # The pages in the order of reading; the built site has the same tree as the checkout.
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "proofs/README.md", "outputs/README.md")
 # Written beside these pages by others: a link to one that is not there yet is no fault. To be emptied when they are.
-COMING = {Path("docs/install.md"), Path("docs/gpu.md"), Path("docs/cluster.md")}
+COMING = {Path("docs/install.md"), Path("docs/cluster.md")}
 STYLE = """body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{background:#f4f4f4;
 padding:.7em;
 overflow:auto}code{background:#f4f4f4}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .5em;

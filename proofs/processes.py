@@ -38,6 +38,7 @@ from grpo_engage.studies.enumeration import EnumeratedTrainer, all_replies, tiny
 from grpo_engage.train.objective import Objective
 
 REPLIES, STEPS, TOLERANCE = 12, 3, 1e-5
+NO_DIFFERENCE = ("way", "case", "weights_moved_by", "held")  # columns of the table
 CASES = {
     "reward, K = 4 (a group in two processes)": dict(objective=Objective(0.0, 1.0, 0.0), accumulation=1),
     "reward, K = 3": dict(objective=Objective(0.0, 1.0, 0.0), k=3),
@@ -73,6 +74,11 @@ class Given(EnumeratedTrainer):
         return output
 
 
+def in_pieces() -> bool:
+    """Whether accelerate was started with FSDP or DeepSpeed, which it refuses where it is told to use a CPU."""
+    return "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED"))
+
+
 def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str = "dapo", optim: str = "sgd",
           accumulation: int = 2, **settings) -> dict:
     """Three steps in this world; what was computed, as plain lists."""
@@ -85,7 +91,7 @@ def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str =
         folder.name, max_steps=STEPS, num_generations=k,
         learning_rate=0.3 if optim == "sgd" else 0.01,
         per_device_train_batch_size=own // accumulation, gradient_accumulation_steps=accumulation,
-        max_completion_length=3, bf16=False, use_cpu=True, gradient_checkpointing=False, loss_type=loss_type,
+        max_completion_length=3, bf16=False, use_cpu=not in_pieces(), gradient_checkpointing=False, loss_type=loss_type,
         temperature=1.0, beta=0.0, report_to="none", logging_steps=1, disable_tqdm=True, save_strategy="no", seed=2,
         optim=optim, scale_rewards="group" if settings.get("advantage", "group") == "group" else "batch")
     prompts = ["yes no", "no no", "yes yes", "no yes", "yes no", "no no"]
@@ -103,7 +109,8 @@ def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str =
 
     def weights() -> torch.Tensor:
         trained = trainer.accelerator.unwrap_model(trainer.model).parameters()
-        return torch.cat([p.detach().double().flatten() for p in trained if p.requires_grad])
+        whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in trained if p.requires_grad]
+        return torch.cat([p.detach().double().flatten() for p in whole])
 
     start = weights()
     trainer.train()
@@ -112,8 +119,17 @@ def train(objective: Objective, k: int = 4, lora: bool = False, loss_type: str =
         unlike += ["entropy", "kl"]
     logs = [{name: value for name, value in entry.items() if not any(word in name for word in unlike)}
             for entry in trainer.state.log_history if "loss" in entry]
-    return {"seen": trainer.seen, "logs": logs, "weights": weights().tolist(),
+    return {"seen": trainer.seen, "logs": logs, "weights": weights().tolist(), "held": held(trainer),
             "moved": float((weights() - start).abs().max())}
+
+
+def held(trainer) -> str:
+    """Who holds the weights in pieces (fsdp: at least half of them are; deepspeed), "" where each process has all."""
+    parameters = list(trainer.model.parameters())
+    shared = sum(p.numel() for p in parameters if hasattr(p, "full_tensor"))
+    if trainer.is_deepspeed_enabled and trainer.deepspeed.zero_optimization_stage() == 2:
+        return "deepspeed"
+    return "fsdp" if trainer.is_fsdp_enabled and shared > sum(p.numel() for p in parameters) / 2 else ""
 
 
 def difference(one, other) -> float:
@@ -148,16 +164,18 @@ def compare(cases, machines: int = 1) -> list[dict]:
         with second_machine(folder) if machines == 2 else contextlib.nullcontext():
             run_processes(2, [__file__, "--write", folder, "--cases", *cases], Path(folder), "two processes", "",
                           machines)
-        rows = []
-        for place, name in enumerate(cases):
-            alone, both = train(**CASES[name]), json.loads((Path(folder) / f"{place}.json").read_text())
-            parts = {part: ([seen[part] for seen in alone["seen"]], [seen[part] for seen in both["seen"]])
-                     for part in ("rewards", "texts", "advantages")}
-            parts |= {"losses": ([entry["loss"] for entry in alone["logs"]], [e["loss"] for e in both["logs"]]),
-                      "metrics": (alone["logs"], both["logs"]), "weights": (alone["weights"], both["weights"])}
-            rows.append({"case": name, **{part: f"{difference(*pair):.1e}" for part, pair in parts.items()},
-                         "weights_moved_by": f"{alone['moved']:.1e}"})
-    return rows
+        return [compared(Path(folder), place, name) for place, name in enumerate(cases)]
+
+
+def compared(folder: Path, place: int, name: str) -> dict:
+    """The row of the case `name`, whose result in two processes `write` left in `folder`."""
+    alone, both = train(**CASES[name]), json.loads((folder / f"{place}.json").read_text())
+    parts = {part: ([seen[part] for seen in alone["seen"]], [seen[part] for seen in both["seen"]])
+             for part in ("rewards", "texts", "advantages")}
+    parts |= {"losses": ([entry["loss"] for entry in alone["logs"]], [e["loss"] for e in both["logs"]]),
+              "metrics": (alone["logs"], both["logs"]), "weights": (alone["weights"], both["weights"])}
+    return {"case": name, **{part: f"{difference(*pair):.1e}" for part, pair in parts.items()},
+            "weights_moved_by": f"{alone['moved']:.1e}"} | ({"held": both["held"]} if both["held"] else {})
 
 
 def write(folder: Path, cases) -> None:
@@ -182,13 +200,18 @@ def main() -> int:
         writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    return told(rows)
+
+
+def told(rows: list[dict]) -> int:
+    """Print `rows`; the exit code: 1 where a case differs."""
     wrong = 0
     for row in rows:
-        numbers = {part: float(value) for part, value in row.items() if part not in ("case", "weights_moved_by")}
+        numbers = {part: float(value) for part, value in row.items() if part not in NO_DIFFERENCE}
         wrong += max(numbers.values()) > TOLERANCE
-        print(f"{row['case']:50} " + ", ".join(f"{part} {value:.0e}" for part, value in numbers.items()))
+        print(f"{row.get('way', '')} {row['case']:50} " + ", ".join(f"{part} {v:.0e}" for part, v in numbers.items()))
     print(f"{wrong} cases differ" if wrong else f"every difference is at most {TOLERANCE:g}")
-    return wrong > 0
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

@@ -300,13 +300,14 @@ def test_reports_are_settings():
         reporting("mlflow", ".")
 
 
-def test_four_bits_and_fast_attention_say_what_they_need(base):
+def test_four_bits_and_fast_attention_say_what_they_need(base, monkeypatch):
     assert loading_settings() == {} and loading_settings(attention="sdpa") == {"attn_implementation": "sdpa"}
+    monkeypatch.setattr(policy, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ValueError, match="4bit.*missing here: the package bitsandbytes.*, or quantization='none'"):
+        load_policy(base, "4bit")
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    with pytest.raises(ValueError, match="4bit.*bitsandbytes.*missing here: a CUDA GPU.*quantization='none'"):
-        load_policy(base, "4bit")
-    with pytest.raises(ValueError, match="flash_attention_2.*flash-attn.*missing here: a CUDA GPU.*attention='auto'"):
+    with pytest.raises(ValueError, match="flash_attention_2.*missing here: a CUDA GPU.*flash-attn.*attention='auto'"):
         load_policy(base, attention="flash_attention_2")
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_POST_CHARACTERS', 'MAX_POST_TOKENS', 'clean_text', 'PromptTooLong', 'format_prompt', 'posts_cut',
-           'loading_settings', 'load_policy', 'load_adapted', 'generate_replies', 'reply_nll']
+           'device_and_precision', 'loading_settings', 'load_policy', 'load_adapted', 'generate_replies', 'reply_nll']
 
 # %% ../../nbs/policy/01_sampling.ipynb #m002
 import re
@@ -136,41 +136,52 @@ def posts_cut(posts: Sequence[str], prompts: Sequence[str], tokenizer: PreTraine
     return sum(clean_text(post, tokenizer) not in prompt for post, prompt in zip(posts, prompts, strict=True))
 
 # %% ../../nbs/policy/01_sampling.ipynb #c011
-def _need(setting: str, device: torch.device, package: str, is_there: bool, otherwise: str) -> None:
-    lacking = [*([] if device.type == "cuda" else ["a CUDA GPU"]), *([] if is_there else [f"the package {package}"])]
+def device_and_precision(precision: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """`device_and_dtype`, with the dtype that `precision` names in place of the best one here ("auto")."""
+    device, dtype = device_and_dtype()
+    return device, dtype if precision == "auto" else getattr(torch, precision)
+
+
+def _need(setting: str, lacking: Sequence[str], package: str, otherwise: str) -> None:
     if lacking:
-        raise ValueError(f"{setting} needs a CUDA GPU and the package {package}; missing here: "
-                         f"{' and '.join(lacking)}. `pip install {package}` on a machine with a GPU, or {otherwise}")
+        where = " on a machine with a GPU" if "a CUDA GPU" in lacking else ""
+        raise ValueError(f"{setting} needs what is missing here: {' and '.join(lacking)}. `pip install {package}`"
+                         f"{where}, or {otherwise}")
 
 
-def loading_settings(quantization: str = "none", attention: str = "auto", revision: str = "") -> dict:
+def loading_settings(quantization: str = "none", attention: str = "auto", revision: str = "", precision: str = "auto"
+                     ) -> dict:
     """What `from_pretrained` takes for these, beside the dtype; {} for the defaults.
 
     Raises: ValueError for an unknown value, and where package or GPU is missing, naming both and the way out.
     """
-    Loading(quantization, attention, revision)  # refuses what is unknown
-    device, dtype = device_and_dtype()
+    Loading(quantization, attention, revision, precision)  # refuses what is unknown
+    device, dtype = device_and_precision(precision)
+    on_gpu = device.type == "cuda"
     settings = {"revision": revision} if revision else {}
     settings |= {} if attention == "auto" else {"attn_implementation": attention}
     if attention == "flash_attention_2":
-        _need("attention='flash_attention_2'", device, "flash-attn", is_flash_attn_2_available(), "attention='auto'")
+        _need("attention='flash_attention_2'", [*([] if on_gpu else ["a CUDA GPU"]), *(
+            [] if is_flash_attn_2_available() else ["the package flash-attn"])], "flash-attn", "attention='auto'")
     if quantization == "4bit":
-        _need("quantization='4bit'", device, "bitsandbytes", is_bitsandbytes_available(), "quantization='none'")
+        _need("quantization='4bit'", [] if is_bitsandbytes_available() else ["the package bitsandbytes"],
+              "bitsandbytes", "quantization='none'")
         settings["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-        settings["device_map"] = {"": PartialState().local_process_index}  # each process its own GPU
+        # each process its own GPU; the package has products for a CPU too, slow ones
+        settings["device_map"] = {"": PartialState().local_process_index if on_gpu else "cpu"}
     return settings
 
 
 def load_policy(path: str | Path, quantization: str = "none", attention: str = "auto", revision: str = "",
-                fast_path: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+                precision: str = "auto", fast_path: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (in eval mode, on the best device, in the dtype that suits it) and tokenizer (left-padding) of `path`.
 
-    quantization, attention, revision, fast_path: see `Loading`. Raises: see `loading_settings` and `explained_loading`.
+    quantization and the others: see `Loading`. Raises: see `loading_settings` and `explained_loading`.
     """
     quiet_libraries()
-    extra = loading_settings(quantization, attention, revision)
-    device, dtype = device_and_dtype()
+    extra = loading_settings(quantization, attention, revision, precision)
+    device, dtype = device_and_precision(precision)
     with explained_loading(path):
         tokenizer = load_tokenizer(path, revision)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **extra)
@@ -182,12 +193,12 @@ def load_policy(path: str | Path, quantization: str = "none", attention: str = "
 
 
 def load_adapted(path: str | Path, adapter: Path, *, trainable: bool = False, quantization: str = "none",
-                 attention: str = "auto", revision: str = "", fast_path: bool = True
+                 attention: str = "auto", revision: str = "", precision: str = "auto", fast_path: bool = True
                  ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Like `load_policy`, with the LoRA adapter folder `adapter` on top (a PeftModel; its base stays untouched)."""
     from peft import PeftModel
 
-    model, tokenizer = load_policy(path, quantization, attention, revision, fast_path)
+    model, tokenizer = load_policy(path, quantization, attention, revision, precision, fast_path)
     adapted = PeftModel.from_pretrained(model, adapter, is_trainable=trainable).eval()
     # The saved adapter names its base ("nano"), not where it lies here; peft would look that name up on the Hub at
     # every checkpoint.

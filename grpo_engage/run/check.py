@@ -21,7 +21,7 @@ from ..base.storage import whole_path
 from ..policy.base_models import SMOLLM2_SHA256, explained_loading, nano_key, quiet_libraries
 from ..policy.model_files import hub_commit, load_tokenizer
 from ..policy.replies import EXAMPLE_POST
-from ..policy.sampling import format_prompt, loading_settings
+from ..policy.sampling import device_and_precision, format_prompt, loading_settings
 from ..policy.settings import PolicySettings, is_folder_name
 from .costs import as_text
 from .estimate import forecast, machine_price, shown
@@ -59,7 +59,7 @@ def look_at_policy(config: Mapping) -> str:
     """The base model in a line: name, revision, parameters, GB of weights. Raises: what the stage policy would."""
     given = PolicySettings.make(**config["stages"]["policy"])
     options = given.loading
-    loading_settings(options.quantization, options.attention, options.revision)
+    loading_settings(options.quantization, options.attention, options.revision, options.precision)
     place, said = _place_of(given.policy)
     if place is None:
         return f"{given.policy}: {said}"
@@ -76,7 +76,7 @@ def look_at_policy(config: Mapping) -> str:
     hashed = f"weights {file_sha256(weights[0])[:12]}" if len(weights) == 1 else "revision not known"
     commit = hub_commit(place, options.revision)
     revision = said or (f"revision {commit}" if commit else hashed)
-    byte = 0.5 if options.quantization == "4bit" else device_and_dtype()[1].itemsize
+    byte = 0.5 if options.quantization == "4bit" else device_and_precision(options.precision)[1].itemsize
     return f"{given.policy}: {revision}, {size:,} parameters, {size * byte / 1e9:.1f} GB of weights in memory"
 
 # %% ../../nbs/run/23_check.ipynb #c010

@@ -19,13 +19,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from ..base.core import device_and_dtype, file_sha256
+from ..base.core import file_sha256
 from ..base.environment import as_one_process
 from ..base.processes import on_first_process, world_size
 from ..base.storage import explained_writing
 from ..base.trainer_lines import ProgressLines
 from ..policy.base_models import quiet_libraries
-from ..policy.sampling import clean_text, format_prompt, load_adapted, load_policy
+from ..policy.sampling import clean_text, device_and_precision, format_prompt, load_adapted, load_policy
 from ..policy.settings import INSTRUCTION, Loading
 from ..text.diversity import SetFunction
 from .loop import MARKS, KeepMarks, WarnOfTrouble, lora_config, prepare_checkpoints, run_trainer
@@ -67,21 +67,24 @@ def micro_batch(share: int, optimiser: Optimiser) -> int:
 
 # %% ../../nbs/train/05_arm_training.ipynb #c012
 def sampling_engine(sampling: Sampling) -> dict[str, object]:
-    """Options of GRPOConfig for what samples. Raises: ValueError for vLLM without its package."""
+    """Options of GRPOConfig for what samples. Raises: ValueError for vLLM without its package, or too hot for it."""
     if sampling.generation_engine != "vllm":
         return {}
     if not find_spec("vllm"):
         raise ValueError("generation_engine='vllm' needs the package vllm as pinned (pip install 'grpo_engage[vllm]') "
                          "and a GPU; without them take generation_engine='transformers'")
+    if sampling.temperature > 2:
+        raise ValueError(f"temperature={sampling.temperature:g} with generation_engine='vllm': vLLM takes at most 2")
     return {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": sampling.vllm_memory}
 
 # %% ../../nbs/train/05_arm_training.ipynb #c015
-def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, seed: int) -> ReplyConfig:
+def grpo_config(settings: TrainSettings, objective: Objective, folder: Path, seed: int, precision: str = "auto"
+                ) -> ReplyConfig:
     """TRL's settings for training `objective` by `settings`, with checkpoints below `folder`."""
     optimiser, sampling, credit = settings.optimiser, settings.sampling, settings.credit
     generates, share = bool(objective.beta or objective.lam), settings.share(objective, world_size())
     micro = micro_batch(share, optimiser)
-    device, dtype = device_and_dtype()
+    device, dtype = device_and_precision(precision)
     return ReplyConfig(
         generates=generates,
         output_dir=str(Path(folder) / "checkpoints"), seed=seed,
@@ -136,8 +139,8 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
     quiet_libraries()
     objective = objective or settings.objective()
     check_training(settings, objective, world_size())
-    arguments = grpo_config(settings, objective, folder, settings.seed if seed is None else seed)
     loading = Loading.make(**loading or {}).flat()
+    arguments = grpo_config(settings, objective, folder, settings.seed if seed is None else seed, loading["precision"])
     if warm_start is None:
         model, tokenizer = load_policy(base, **loading)
         adapter = {"peft_config": lora_config(**settings.adapter.flat())}
@@ -159,6 +162,9 @@ def make_trainer(base: str | Path, examples: pd.DataFrame, folder: Path, setting
         policy_every=credit.policy_every, max_length=settings.optimiser.max_length, processing_class=tokenizer,
         callbacks=[*reporting(settings.watching.report_to, folder)[1], ProgressLines(label), WarnOfTrouble(label),
                    *callbacks], **adapter)
+    for weight in trainer.model.parameters():  # TRL has an adapter of a 4-bit model in bfloat16, where a step of
+        if weight.requires_grad and weight.dtype == torch.bfloat16:  # 1e-5 on a weight of .01 changes nothing
+            weight.data = weight.data.float()
     if watch:
         trainer.add_callback(WatchReplies(trainer, watch, folder, label))
     return trainer

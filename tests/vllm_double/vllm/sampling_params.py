@@ -1,0 +1,5 @@
+"""What TRL imports from here beside SamplingParams."""
+
+
+class StructuredOutputsParams:
+    pass
