@@ -31,8 +31,6 @@ import grpo_engage  # noqa: E402
 
 # The pages in the order of reading; the built site has the same tree as the checkout.
 PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "proofs/README.md", "outputs/README.md")
-# Written beside these pages by others: a link to one that is not there yet is no fault. To be emptied when they are.
-COMING = {Path("docs/install.md"), Path("docs/cluster.md")}
 STYLE = """body{font:16px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{background:#f4f4f4;
 padding:.7em;
 overflow:auto}code{background:#f4f4f4}table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .5em;
@@ -61,7 +59,7 @@ def target_of(link: str, page: Path, site: Path) -> str:
     if "://" in link or link.startswith("mailto:") or not place:
         return link
     found = Path(os.path.normpath(page.parent / place))
-    if found in pages() or found in COMING:
+    if found in pages():
         return place[: -len(".md")] + ".html" + (f"#{anchor}" if anchor else "")
     return Path(os.path.relpath(REPO_ROOT / found, site / page.parent)).as_posix()
 
@@ -144,8 +142,6 @@ def broken_links(site: Path) -> list[str]:
             if re.match(r"[a-z]+:", link) or link.startswith("//"):
                 continue
             target = Path(os.path.normpath(page.parent / unquote(place))) if place else page
-            if target.is_relative_to(site) and target.relative_to(site).with_suffix(".md") in COMING - set(pages()):
-                continue
             if not target.exists() or (anchor and target in ids and unquote(anchor) not in ids[target]):
                 broken.append(f"{page.relative_to(site).as_posix()}: {link}")
     return broken
