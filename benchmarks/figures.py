@@ -15,7 +15,12 @@ from grpo_engage.base.core import REPO_ROOT, say
 from grpo_engage.base.plots import savefig, style
 from grpo_engage.evaluation.ladder import plot_ladder
 from grpo_engage.evaluation.pass_curves import plot_temperatures
-from grpo_engage.studies.over_training_answers import plot_over_training, read_units, write_answers
+from grpo_engage.studies.over_training_answers import (
+    plot_over_training,
+    read_units,
+    whole_seeds,
+    write_answers,
+)
 
 PUBLISHED = REPO_ROOT / "outputs" / "published"
 
@@ -38,7 +43,7 @@ def main() -> None:
     systems = pd.read_csv(REPO_ROOT / "benchmarks" / "judges" / "systems.csv")
     picture(plot_ladder(systems), out / "docs" / "figures" / "ladder.png")
     study = PUBLISHED / "over_training"
-    if (study / "units").is_dir():
+    if len(whole_seeds(study / "units")) >= 2:  # intervals cross posts and seeds
         units = read_units(study / "units")
         write_answers(units, out / "outputs" / "published" / "over_training")
         picture(plot_over_training(units), out / "docs" / "figures" / "over_training.png")
