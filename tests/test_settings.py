@@ -105,7 +105,8 @@ WHOLE = {"Adapter", "Loading", "EvaluationSampling", "HeuristicSettings"}
 # Fields that a run of the simulator in one process on a CPU has no use for (micro_batch_size: by value, below).
 ELSEWHERE = {"data_path", "columns", "separator", "thousands", "accelerate_config", "vllm_memory", "micro_batch_size",
              "safety_labels",  # wants a classifier: tests/test_safety_model.py
-             "own_kept"}  # wants own_samples: tests/test_arms.py
+             "own_kept",  # wants own_samples: tests/test_arms.py
+             "n_machines"}  # wants several processes: tests/test_cluster.py
 CHECKS = {"check", "check_training", "check_participants", "check_rivals", "__post_init__", "__repr__", "__eq__"}
 
 
