@@ -20,6 +20,7 @@ ROOMS = (
     ("train",),
     ("evaluation",),
     ("judges", "paper", "studies"),
+    ("bench",),
     ("run",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
