@@ -54,14 +54,13 @@ def study_parts(study: Path, world: Path) -> tuple[pd.DataFrame, pd.DataFrame, d
 
 def write_policies(out: Path, run: Path, study: Path | None, world: Path | None) -> None:
     scorers, sources = run_scorers(run), read_json(out / "sources.json")
-    samples = run_samples(run)
-    samples["candidates"] = with_scores(samples["candidates"], scorers)
+    samples = {name: with_scores(sample, scorers) for name, sample in run_samples(run).items()}
     real = pd.read_parquet(out / "replies.parquet").query("part == 'test'")
     real = pd.DataFrame({"row": real.index.astype("int32"), "post": real["tweet"], "text": real["reply"]})
     write_parquet(out / "scores.parquet", with_scores(real, scorers)[["row", "reward", "judge"]])
     sources["run"] = {"preset": read_json(run / "config.json")["preset"], "inputs": hashes(
         run, "config.json", "data/pairs.parquet", "reward_model/reward", "reward_model/judge",
-        "evaluation/generations.parquet", "evaluation/systems.parquet", "evaluation/scores.parquet")}
+        "evaluation/generations.parquet", "evaluation/systems.parquet")}
     if study:
         samples["overtrained"], baselines, sources["study"] = study_parts(study, world)
         write_parquet(out / "objectives.parquet", baselines)

@@ -4,9 +4,11 @@ Tracks reward and judge: random, length, naive, ngrams, embeddings, judge_of_the
 Track deconfounding: learn_random, learn_length, learn_naive, learn_between, learn_within.
 
     python -m grpo_engage bench --track reward benchmarks/engage_bench/baselines.py:ngrams
+    python benchmarks/engage_bench/baselines.py [NAME ...]           all of them, or these, on every track they are for
 """
 
 import hashlib
+import sys
 from functools import cache
 
 import numpy as np
@@ -17,6 +19,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 
+from grpo_engage.bench.judge_track import judge_samples
 from grpo_engage.bench.release import read_part
 from grpo_engage.bench.reward_track import policy_sample
 from grpo_engage.bench.simulated import rows_to_learn
@@ -24,6 +27,9 @@ from grpo_engage.data.gold import gold_appeal
 from grpo_engage.rewards.conditional_poisson import conditional_poisson
 from grpo_engage.text.embedding import embed
 from grpo_engage.text.metrics import words
+
+SCORES = ("random", "length", "naive", "ngrams", "embeddings", "judge_of_the_run", "reward_of_the_run", "gold")
+LEARNERS = ("learn_random", "learn_length", "learn_naive", "learn_between", "learn_within")
 
 
 def random(completions, post):
@@ -122,7 +128,7 @@ def stored(column):
     """(post, reply) -> the score that the release holds: of the run whose policies it has."""
     replies = read_part("replies").loc[(scores := read_part("scores").set_index("row")).index]
     real = pd.DataFrame({"post": replies["tweet"], "text": replies["reply"], column: scores[column]})
-    samples = [real, *(policy_sample(name) for name in ("systems", "candidates"))]
+    samples = [real, policy_sample("candidates"), *judge_samples().values()]
     return pd.concat(samples).drop_duplicates(["post", "text"]).set_index(["post", "text"])[column].to_dict()
 
 
@@ -159,3 +165,12 @@ def learn_between(train, posts, replies):
 def learn_within(train, posts, replies):
     features = Grams(train["reply"])
     return features(replies) @ learned_within(train, features(train["reply"]))
+
+
+if __name__ == "__main__":  # as an entry, this file has another name
+    from grpo_engage.run.bench import print_bench
+
+    for track, names in (("reward", SCORES), ("judge", SCORES), ("deconfounding", LEARNERS)):
+        for name in names:
+            if name in sys.argv[1:] or not sys.argv[1:]:
+                print_bench(track, f"{__file__}:{name}")

@@ -39,7 +39,7 @@ def read_board(path: Path) -> pd.DataFrame:
     """The rows of a leaderboard as text; without a file, none."""
     return pd.read_csv(path, dtype=str, keep_default_na=False) if Path(path).exists() else pd.DataFrame(columns=NAMED)
 
-# %% ../../nbs/bench/09_leaderboard.ipynb #4eedba2a
+# %% ../../nbs/bench/09_leaderboard.ipynb #70d2c22e
 def number_text(value: float) -> str:
     """A figure with at most four digits after the point; nothing for one that is not known."""
     return "" if not np.isfinite(value) else f"{round(float(value), 4) + 0.0:.4f}".rstrip("0").rstrip(".")
@@ -59,15 +59,19 @@ def add_row(path: Path, entry: Entry, figures: Mapping[str, float], version: str
     same = (board["sha256"] == entry.sha256) & (board["entry"].str.lstrip("'") == row["entry"].lstrip("'"))
     place = int(np.flatnonzero(same)[0]) if same.any() else len(board)
     rows = [*board.to_dict("records")[:place], row, *board.to_dict("records")[place + 1:]]
+    table = pd.DataFrame(rows, columns=list(row))
+    table[list(figures)] = table[list(figures)].apply(pd.to_numeric)  # as text, a minus would look like a formula
     with explained_writing(Path(path).parent):
-        write_csv(path, pd.DataFrame(rows, columns=list(row)))
+        write_csv(path, table)
     return read_board(path)
 
-# %% ../../nbs/bench/09_leaderboard.ipynb #37b74c8a
+# %% ../../nbs/bench/09_leaderboard.ipynb #a3aef1b6
 def shown_board(board: pd.DataFrame, track: str) -> str:
     """A leaderboard as a table for a terminal: name and figures, without the ends of intervals."""
     if not len(board):
         return f"no entry in the track {track} yet"
     order = pd.to_numeric(board[HEADLINES[track]]).sort_values(ascending=False, kind="stable").index
     columns = [name for name in board if name not in NAMED[1:] and not name.endswith(("_low", "_high"))]
-    return board.loc[order, columns].map(harmless).to_string(index=False)
+    shown = board.loc[order, columns].apply(lambda column: column.map(harmless) if column.name == "name" else (
+        pd.to_numeric(column).map(number_text)))
+    return shown.to_string(index=False)

@@ -12,13 +12,18 @@ import pandas as pd
 from ..base.core import child_seed
 from ..evaluation.ladder import resampled, with_interval
 
-# %% ../../nbs/bench/03_within_posts.ipynb #b04c20ee
+# %% ../../nbs/bench/03_within_posts.ipynb #d4909d66
 N_BOOT = 1000
 
 
 def rank_sums(scores: np.ndarray, truth: np.ndarray, posts: np.ndarray) -> np.ndarray:
-    """For each post, sorted, the sums of squares and of products of centred ranks: (posts, 3). All are (n,)."""
-    table = pd.DataFrame({"score": np.asarray(scores), "truth": np.asarray(truth)})
+    """For each post, sorted, the sums of squares and of products of centred ranks: (posts, 3). All are (n,).
+
+    Scores nearer than a billionth of their range are equal: they differ by the order of additions.
+    """
+    scores = np.asarray(scores, dtype=float)
+    scores = np.round(scores / (np.ptp(scores) or 1.0), 9)
+    table = pd.DataFrame({"score": scores, "truth": np.asarray(truth)})
     ranks = table.groupby(np.asarray(posts)).rank()
     ranks -= ranks.groupby(np.asarray(posts)).transform("mean")
     products = pd.DataFrame({"xx": ranks["score"] ** 2, "yy": ranks["truth"] ** 2,
