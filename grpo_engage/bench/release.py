@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..base.core import REPO_ROOT, file_sha256
 
-# %% ../../nbs/bench/00_release.ipynb #3c9ce878
+# %% ../../nbs/bench/00_release.ipynb #844f1dc9
 VERSION, SUMS, MOST_BYTES = "v1", "SHA256SUMS", 1_500_000
 
 
@@ -42,7 +42,8 @@ def check_sums(folder: Path) -> None:
     where there is no release."""
     path = Path(folder) / SUMS
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no release of the benchmark: it has no {SUMS}")
+        raise FileNotFoundError(f"{folder} is no release of the benchmark: it has no {SUMS}; releases lie in a "
+                                "clone of the repository")
     frozen, found = (set(text.splitlines()) for text in (path.read_text(encoding="utf-8"), sums_of(folder)))
     if wrong := sorted({line.partition("  ")[2] for line in frozen ^ found}):
         raise ValueError(f"{folder} is not the release that was frozen: {', '.join(wrong)} changed, came or went; "
