@@ -173,7 +173,8 @@ def test_a_row_is_added_once_and_harmless(mine, tmp_path, capsys):
 
 def test_a_leaderboard_that_cannot_be_written_is_said(mine, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["bench", "--track", "judge", f"{mine}:words", "--board", str(tmp_path / "file" / "b.csv")]) == 1
+    board = tmp_path / "file" / "folder" / "b.csv"
+    assert main(["bench", "--track", "judge", f"{mine}:words", "--board", str(board)]) == 1
     assert "a part of its path is a file" in capsys.readouterr().err
 
 
@@ -189,7 +190,8 @@ def test_a_table_that_is_none_is_refused(tmp_path, capsys, content):
 def test_the_command_knows_the_tracks(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "--track", "nonsense"])
-    assert all(track in capsys.readouterr().err for track in HEADLINES)
+    said = capsys.readouterr().err
+    assert [track for track in HEADLINES if track not in said] == []
 
 
 @pytest.mark.parametrize("track", ["reward", "judge", "deconfounding"])

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['scored_entries', 'print_bench']
 
-# %% ../../nbs/run/32_bench.ipynb #8a93b841
+# %% ../../nbs/run/32_bench.ipynb #5cad9ec0
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..base.core import file_sha256
-from ..base.storage import whole_path
+from ..base.storage import check_writable, whole_path
 from ..bench.deconfounding_track import deconfounding_track
 from ..bench.entries import Entry, read_learner, read_score
 from ..bench.judge_track import judge_track
@@ -19,7 +19,7 @@ from ..bench.objective_track import objective_track
 from ..bench.release import release_folder
 from ..bench.reward_track import reward_track
 
-# %% ../../nbs/run/32_bench.ipynb #d7a780a1
+# %% ../../nbs/run/32_bench.ipynb #91181d9f
 _FUNCTIONS: dict[str, tuple[Callable, Callable]] = {
     "reward": (read_score, reward_track), "judge": (read_score, judge_track),
     "deconfounding": (read_learner, deconfounding_track)}
@@ -48,6 +48,7 @@ def print_bench(track: str, target: str, name: str = "", board: str = "") -> Non
             raise ValueError("--name names an entry, and there is none: give FILE.py:FUNCTION or a table after it")
         print(shown_board(read_board(path), track))
         return
+    check_writable(path.parent)  # before the minute, not after it
     for entry, figures in scored_entries(track, target, name, release_folder()):
         add_row(path, entry, figures)
         known = {key: value for key, value in figures.items() if not key.endswith(("_low", "_high"))}
