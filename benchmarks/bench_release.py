@@ -18,11 +18,18 @@ import pandas as pd
 
 from grpo_engage.base.core import file_sha256, read_json, write_json, write_parquet
 from grpo_engage.bench.objective_track import KEYS, VALUES
-from grpo_engage.bench.policy_samples import overtrained_samples, run_samples, run_scorers, whole_seeds, with_scores
+from grpo_engage.bench.policy_samples import (
+    OVERTRAINED,
+    overtrained_samples,
+    run_samples,
+    run_scorers,
+    whole_seeds,
+    with_scores,
+)
 from grpo_engage.bench.release import coded, write_sums
 from grpo_engage.bench.simulated import CONVERSATIONS, SEED, simulated_parts
 
-MOST_SEEDS = 2  # of the study's replies; of its baselines all that are whole
+SEEDS, BASELINE_SEEDS = (0,), (0, 1)  # of the study: whose replies v1 has, and whose baselines
 
 
 def write_simulated(out: Path) -> None:
@@ -38,18 +45,16 @@ def hashes(folder: Path, *names: str) -> dict[str, str]:
 
 def study_parts(study: Path, world: Path) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
     """Replies of over-trained arms, the baselines' table, and what was read."""
-    seeds = whole_seeds(study)
-    if not seeds:
-        raise SystemExit(f"{study}: no seed for which every arm was sampled")
-    units = [study / "units" / f"baseline-seed{seed}.csv" for seed in whole_seeds(study, ["baseline"])]
-    baselines = pd.concat([pd.read_csv(path) for path in units if path.exists()], ignore_index=True)[[*KEYS, *VALUES]]
-    taken = seeds[:MOST_SEEDS]
-    read = {path.relative_to(study).as_posix(): file_sha256(path) for seed in taken
-            for path in sorted(study.glob(f"work/*/seed{seed}/test-*.parquet"))}
-    facts = {"seeds": taken, "baselines": sorted(int(seed) for seed in baselines["seed"].unique()),
-             "marks": read_json(study / "pass.json")["rules"], "world": hashes(world, "data/pairs.parquet"),
+    if lacking := set(SEEDS) - set(whole_seeds(study)):
+        raise SystemExit(f"{study}: not every arm was sampled with seed {min(lacking)}")
+    units = [study / "units" / f"baseline-seed{seed}.csv" for seed in BASELINE_SEEDS]
+    baselines = pd.concat([pd.read_csv(path) for path in units], ignore_index=True)[[*KEYS, *VALUES]]
+    read = {path.relative_to(study).as_posix(): file_sha256(path) for seed in SEEDS for arm in OVERTRAINED
+            for path in sorted(study.glob(f"work/{arm}/seed{seed}/test-*.parquet"))}
+    facts = {"seeds": SEEDS, "baselines": BASELINE_SEEDS, "marks": read_json(study / "pass.json")["rules"],
+             "world": hashes(world, "data/pairs.parquet"),
              "inputs": read | hashes(study, "pass.json", *(path.relative_to(study).as_posix() for path in units))}
-    return overtrained_samples(study, world, taken), baselines, facts
+    return overtrained_samples(study, world, SEEDS), baselines, facts
 
 
 def write_policies(out: Path, run: Path, study: Path | None, world: Path | None) -> None:
