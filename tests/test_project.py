@@ -66,7 +66,7 @@ def read(notebook):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_names_only_notebooks_that_there_are(name):
-    text = "\n".join("".join(cell["source"]) for cell in read(name)["cells"]).replace("nbs/", "")  # a path names one too
+    text = "\n".join("".join(cell["source"]) for cell in read(name)["cells"]).replace("nbs/", "")
     assert set(re.findall(r"(?<![\w/])(?:[a-z]+/)?\d\d[a-z]{0,2}_[a-z_]+\b", text)) - set(NOTEBOOKS) == set()
     assert re.findall(r"[nN]otebooks? \d\d[a-z]{0,2}\b(?!_)", text) == []
 
