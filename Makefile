@@ -28,7 +28,7 @@ help:
 	@echo "make run PRESET=name [DATA=file] [RUN=name] [ARGS=\"-p name=value\"]"
 	@echo "make lab                               the notebooks in JupyterLab"
 	@echo "make bench                             training and sampling beside TRL's and transformers' own, on this machine"
-	@echo "make figures                           the README's figures and the studies' tables from committed results"
+	@echo "make figures                           figures, tables and the published paper from committed results"
 	@echo "make gpu-check                         each path that wants a GPU, on one, in ten minutes; the table is for the README"
 	@echo "make list                              the runs with status, time and headline numbers"
 	@echo "make export                            notebooks -> grpo_engage/"
@@ -63,7 +63,7 @@ run: $(READY)
 	$(BIN)/python -m grpo_engage run --preset=$(call quoted,PRESET) $(if $(value DATA),--data=$(call quoted,DATA)) \
 		$(if $(filter-out smoke,$(value RUN)),--run=$(call quoted,RUN)) $(ARGS)
 
-# The README's figures and the studies' tables from the committed results, without a model
+# The README's figures, the studies' tables and the published paper from the committed results, without a model
 figures: $(READY)
 	$(BIN)/python benchmarks/figures.py
 
@@ -71,7 +71,7 @@ list: $(READY)
 	$(BIN)/python -m grpo_engage list
 
 lab: $(READY)
-	$(BIN)/python -m jupyterlab --notebook-dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/00_tour.ipynb $(ARGS)
+	$(BIN)/python -m jupyterlab --notebook-dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter nbs/10_runs.ipynb $(ARGS)
 
 export: $(READY)
 	find grpo_engage -name "*.py" ! -name __init__.py -delete

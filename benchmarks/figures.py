@@ -1,8 +1,12 @@
-"""The README's and the log's figures and tables from the committed results alone: no model, no GPU, seconds.
+"""The README's figures, the study's tables and the published paper from committed results alone: no model, no GPU.
 
     python benchmarks/figures.py [--out FOLDER]
+    python benchmarks/figures.py --record NAME [--files PATH ...] [--command TEXT --commit HASH --notebook PATH]
 
-Without --out the committed files are written anew (`make figures`), the same bytes as long as nothing changed.
+Without --out the committed files are written anew (`make figures`), the same bytes as long as nothing changed: figures
+in docs/figures/, tables in outputs/published/, the paper in paper/study/. The paper is refused where a result is not
+the one that outputs/published/sources.json records; --record puts new ones there (without --files those that the entry
+has), with the command and the commit that made them and the notebook that explains them.
 """
 
 import argparse
@@ -11,10 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from grpo_engage.base.core import REPO_ROOT, say
+from grpo_engage.base.core import REPO_ROOT, read_json, say
 from grpo_engage.base.plots import savefig, style
 from grpo_engage.evaluation.ladder import plot_ladder
 from grpo_engage.evaluation.pass_curves import plot_temperatures
+from grpo_engage.paper.published_sources import LIST, record_source
+from grpo_engage.paper.study import build_study
 from grpo_engage.studies.over_training_answers import (
     plot_over_training,
     read_units,
@@ -36,7 +42,17 @@ def picture(figure, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPO_ROOT)
-    out = parser.parse_args().out
+    parser.add_argument("--record", metavar="NAME")
+    parser.add_argument("--files", nargs="+")
+    for fact in ("command", "commit", "notebook"):
+        parser.add_argument(f"--{fact}")
+    given = parser.parse_args()
+    out = given.out
+    if given.record:
+        facts = {fact: value for fact in ("command", "commit", "notebook") if (value := getattr(given, fact))}
+        files = given.files or read_json(REPO_ROOT / LIST)[given.record]["files"]
+        record_source(REPO_ROOT, given.record, list(files), **facts)
+        return
     style()
     points = pd.read_csv(REPO_ROOT / "benchmarks" / "systems" / "frontier_points.csv")
     picture(plot_temperatures(points), out / "docs" / "figures" / "frontier.png")
@@ -47,6 +63,8 @@ def main() -> None:
         units = read_units(study / "units")
         write_answers(units, out / "outputs" / "published" / "over_training")
         picture(plot_over_training(units), out / "docs" / "figures" / "over_training.png")
+        build_study(REPO_ROOT, out / "paper" / "study", {"frontier": plot_temperatures(points),
+                                                         "over_training": plot_over_training(units)})
     say(f"figures and tables are in {out}")
 
 

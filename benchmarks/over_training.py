@@ -8,18 +8,21 @@ WORLD is a run of preset `judges` up to reward_model, and policy:
 
 Units, an arm with a seed, are done in the order of the seeds, so that whole seeds come first; each leaves
 OUT/units/<arm>-seed<seed>.csv, and one whose file is there is not done again. The pass mark is frozen in
-OUT/pass.json when the baselines of all seeds have been sampled. Replies and adapters stay in OUT/work, which nothing
-else needs: to go on with other arms without it, the baselines are trained again.
+OUT/pass.json when the baselines of all seeds have been sampled; what a unit took (minutes of one process) is in
+OUT/cost.csv. Replies and adapters stay in OUT/work, which nothing else needs: to go on with other arms without it, the
+baselines are trained again.
 """
 
 import argparse
+import time
 import warnings
 from pathlib import Path
 
+import pandas as pd
 import torch
 from joblib import Parallel, delayed
 
-from grpo_engage.base.core import say
+from grpo_engage.base.core import say, write_csv
 from grpo_engage.policy.base_models import quiet_libraries
 from grpo_engage.studies.over_training import (
     PRIMARY,
@@ -44,9 +47,10 @@ def baseline(run: Path, seed: int, out: Path) -> None:
     sample_unit("baseline", seed, out, ready(run))
 
 
-def unit(run: Path, name: str, seed: int, out: Path) -> str:
-    write_unit(name, seed, out, ready(run))
-    return f"{name} seed {seed}"
+def unit(run: Path, name: str, seed: int, out: Path) -> dict:
+    start, world = time.perf_counter(), ready(run)
+    write_unit(name, seed, out, world)
+    return {"arm": name, "seed": seed, "minutes": round((time.perf_counter() - start) / 60, 2)}
 
 
 def main() -> None:
@@ -66,8 +70,11 @@ def main() -> None:
              if not (given.out / "units" / f"{name}-seed{seed}.csv").exists()]
     done = Parallel(n_jobs=given.jobs, return_as="generator_unordered")(
         delayed(unit)(given.world, name, seed, given.out) for name, seed in units)
-    for number, name in enumerate(done, 1):
-        say(f"{name}: {number} of {len(units)} units")
+    for number, spent in enumerate(done, 1):
+        path = given.out / "cost.csv"
+        before = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        write_csv(path, pd.concat([before, pd.DataFrame([spent])], ignore_index=True))
+        say(f"{spent['arm']} seed {spent['seed']}: {number} of {len(units)} units, {spent['minutes']} minutes")
 
 
 if __name__ == "__main__":

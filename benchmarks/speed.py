@@ -14,7 +14,6 @@ of --data (any file of pairs), else the simulator's. --growth: grpo's step again
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from grpo_engage.base.core import say, write_csv
+from grpo_engage.base.core import peak_memory, say, write_csv
 from grpo_engage.data.reading import read_pairs
 from grpo_engage.data.simulator import simulate_pairs
 from grpo_engage.policy.base_models import ensure_policy, quiet_libraries
@@ -150,7 +149,7 @@ def alone(given: argparse.Namespace, folder: str) -> None:
     step = stepper(trainer_of(given.alone, size, given.lengths[0], examples(given.data, given.post_words),
                               str(ensure_policy(given.policy)), folder))
     step(), step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(peak_memory() / 2**20)
 
 
 def compared(given: argparse.Namespace, folder: str) -> None:

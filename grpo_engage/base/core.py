@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'models_dir', 'child_seed', 'atomic_folder', 'write_json', 'read_json', 'write_parquet', 'write_csv',
-           'file_sha256', 'say', 'progress', 'git_state', 'stage_manifest', 'demo_run_dir', 'device_and_dtype']
+           'file_sha256', 'say', 'progress', 'peak_memory', 'git_state', 'stage_manifest', 'demo_run_dir',
+           'device_and_dtype']
 
 # %% ../../nbs/base/00_core.ipynb #c002
 import contextlib
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -161,6 +163,13 @@ def progress(iterable: Iterable, label: str, total: int | None = None, every_sec
             last = now
     say(f"{label}: {count} done in {time.monotonic() - start:.1f} s")
 
+# %% ../../nbs/base/00_core.ipynb #52abce05
+def peak_memory() -> int:
+    """The most memory that this process has held so far, bytes, resident. Linux, macOS."""
+    if (own := Path("/proc/self/status")).exists():
+        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", own.read_text(), re.MULTILINE)[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 # %% ../../nbs/base/00_core.ipynb #c022
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "sentence-transformers", "statsmodels",
              "scikit-learn", "numpy", "pandas", "papermill", "snakemake")
@@ -228,11 +237,10 @@ def stage_manifest(folder: Path, stage: str, parameters: Mapping, inputs: Sequen
         facts |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
         raise
     finally:
-        seconds, now = time.monotonic() - start, resource.getrusage(resource.RUSAGE_SELF)
+        seconds = time.monotonic() - start
         facts |= {"hardware": _hardware(),  # again: what computes has been imported by now
                   "wall_seconds": round(seconds, 3), "cpu_seconds": round(sum(os.times()[:4]) - cpu, 3),
-                  "peak_memory": now.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-                  "usd_per_hour": usd_per_hour,
+                  "peak_memory": peak_memory(), "usd_per_hour": usd_per_hour,
                   "cost_usd": round(seconds / 3600 * usd_per_hour, 6) if usd_per_hour else None}
         write_json(folder / "manifest.json", facts)
 

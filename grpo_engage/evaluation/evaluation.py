@@ -35,7 +35,7 @@ from .pictures import draw_figures
 from .post_metrics import metrics_by_post
 from .report import write_report
 from .robustness import gate_notes, judge_verdict, mark_unshared, robustness_table
-from .safety_change import mark_safety, safety_change, worsened
+from .safety_change import mark_safety, safety_change, worsened, worst_states
 from grpo_engage.evaluation.scoring import (
     allowed,
     arms_reward,
@@ -88,7 +88,7 @@ def generate(run_dir: Path, posts: dict[str, pd.DataFrame], known_posts: Sequenc
              settings: EvaluationSettings) -> pd.DataFrame:
     """Write evaluation/generations.parquet, costs.csv and generation.json (notes); return the generations.
 
-    Replies of what is looked at by the ladder of judges alone go to systems.parquet.
+    Replies of systems (arms at other temperatures or at their marks) go to systems.parquet.
 
     posts: by split. known_posts: every test post of the data, of which `posts` may hold a part. jobs: `plan_jobs`.
     """
@@ -111,7 +111,7 @@ def generate(run_dir: Path, posts: dict[str, pd.DataFrame], known_posts: Sequenc
     everything = pd.concat(frames, ignore_index=True)[COLUMNS]
     is_system = everything["kind"] == "system"
     generations = everything[~is_system].reset_index(drop=True)
-    write_parquet(folder / "generations.parquet", generations)
+    write_parquet(folder / "generations.parquet", generations.assign(generated=generations["arm"] != "real"))
     write_parquet(folder / "systems.parquet", everything[is_system].reset_index(drop=True))
     write_csv(folder / "costs.csv", pd.DataFrame(costs))
     write_json(folder / "generation.json", {
@@ -203,6 +203,7 @@ def score_generations(run_dir: Path, settings: Scoring | None = None, **changes:
     arms = [arm for arm in dict.fromkeys(arm for arm, _ in trained) if arm != "baseline"]
     everything = pd.concat([test, *[tried[split] for split in tried if split == "test"]], ignore_index=True)
     found = endpoints(everywhere, everything, sampled, frozen, arms, n_boot, seed, paid_arms(run_dir, arms))
+    found = found._replace(primary=found.primary.assign(safety=found.primary["arm"].map(worst_states(change))))
     write_endpoints(folder, found, marks)
     decision = mark_judge(mark_unshared(decide(of_arms, primary=found.primary, margin=given.margin), robustness),
                           judge_verdict(run_dir, judge_name))

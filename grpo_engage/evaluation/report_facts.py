@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.core import child_seed, read_json
+from .safety_change import WORST_FIRST
 
 # %% ../../nbs/evaluation/17_report_facts.ipynb #12a355b4
 def verdict_rows(run_dir: Path) -> list[dict[str, str]]:
@@ -29,8 +30,7 @@ def verdict_rows(run_dir: Path) -> list[dict[str, str]]:
     if (path := run_dir / "evaluation" / "safety_change.csv").exists():
         change = pd.read_csv(path)
         for arm, group in change.groupby("arm", sort=True):
-            states = [state for state in ("worse", "not ruled out", "not testable", "no worse")
-                      if (group["state"] == state).any()]
+            states = [state for state in WORST_FIRST if (group["state"] == state).any()]
             named = {state: [name.removeprefix("safety_") for name in group.loc[group["state"] == state, "metric"]]
                      for state in states}
             rows.append({"what": f"safety of {arm} against the baseline", "verdict": states[0],

@@ -60,7 +60,8 @@ def replies_html(table: pd.DataFrame) -> str:
         parts.append(f"<details open><summary><div>{text_html(group['tweet'].iloc[0])}</div></summary><table><tr>"
                      "<th>arm</th><th>seed</th><th>sample</th><th>judge</th><th>reward</th><th>apart</th><th>reply</th></tr>")
         for row in group.itertuples():
-            cells = [text_html(row.arm), str(int(row.seed)), str(int(row.sample)),
+            source = "a person's" if row.arm == "real" else "generated"
+            cells = [f"{text_html(row.arm)} ({source})", str(int(row.seed)), str(int(row.sample)),
                      *["" if pd.isna(value) else f"{value:.2f}" for value in (row.judge, row.reward, row.disagreement)]]
             parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells)
                          + f'<td class="text"><div>{text_html(row.text)}</div></td></tr>')

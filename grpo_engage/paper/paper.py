@@ -226,7 +226,7 @@ def macros_text(macros: Mapping[str, str]) -> str:
 def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes: object) -> dict[str, str]:
     """Write run_dir/paper: figures/*.pdf and *.png, tables/*.tex, macros.tex, main.tex, references.bib and main.pdf.
 
-    Reads the run's files alone (see `exhibits.load_run`), and paper/main.tex. Returns what `build_pdf` says: engine,
+    Reads the run's files alone (see `results.load_run`), and paper/main.tex. Returns what `build_pdf` says: engine,
     path, note. Raises what `load_run` and `build_pdf` raise: a missing file, an unfinished stage or arm, a macro that
     the run does not define, a PDF that cannot be built.
     """
@@ -236,7 +236,7 @@ def paper_stage(run_dir: Path, settings: PaperSettings | None = None, **changes:
     inputs = [*sources, *(run_dir / "evaluation" / name for name in (
         "metrics.csv", "comparisons_by_seed.csv", "primary.csv", "frontier.csv", "frontier_points.csv", "curves.csv",
         "pass.json"))]  # fmt: skip
-    inputs += [tuning_file()] if tuning_file().is_file() else []
+    inputs += [tuning_file()] if tuning_file().is_file() else []  # how the rates were chosen, if that is recorded
     with stage_manifest(folder, "paper", given.recorded(), inputs, usd_per_hour) as manifest:
         run = load_run(run_dir, given.arms, given.seeds)
         for name in ("figures", "tables"):

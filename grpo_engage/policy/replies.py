@@ -102,7 +102,7 @@ def policy_stage(run_dir: Path, settings: PolicySettings | None = None, **change
                                    label="sampling the base model, batches")
         samples.insert(0, "conversation_id", posts["conversation_id"].to_numpy()[samples["post"]])
         samples.insert(1, "tweet", posts["tweet"].to_numpy()[samples["post"]])
-        write_csv(folder / "samples.csv", samples.drop(columns="post"))
+        write_csv(folder / "samples.csv", samples.drop(columns="post").assign(generated=True))
         write_json(folder / "policy.json", facts)
         manifest["policy"] = facts
         manifest["counts"] = {"samples": len(samples), "stopped": int((samples["finish_reason"] == "stop").sum()),

@@ -78,7 +78,8 @@ def best_of_n_stage(run_dir: Path, settings: BestOfNSettings | None = None, **ch
         sizes = sorted({n for n in (16, given.best_of_n_replies) if n <= given.best_of_n_replies})
         paired = pd.concat([compare_picks(proxies, target, "combined 0.6", n, seed).assign(target=name)
                             for name, target in square.items() for n in sizes], ignore_index=True)
-        for name, frame in (("curves", table), ("peaks", peaks), ("replies", examples), ("paired", paired)):
+        for name, frame in (("curves", table), ("peaks", peaks), ("paired", paired),
+                            ("replies", examples.assign(generated=True))):
             write_csv(folder / f"{name}.csv", frame)
         savefig(curves_figure(table), folder / "figures" / "best_of_n")
         manifest["counts"] = {"posts": len(posts), "replies": len(replies)}

@@ -128,6 +128,8 @@ def _publish(run_dir: Path) -> None:
     for name in ("macros.tex", "main.pdf"):
         shutil.copy2(source / name, target / name)
     print(f"paper/main.pdf is the paper of run {run_dir.name!r}; its figures and tables are beside it")
+    if (workplace() / "paper" / "study" / "main.pdf").exists():
+        print("what was found with more seeds: paper/study/main.pdf, from the results in outputs/published/")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ..base.core import read_json
+from ..base.core import peak_memory, read_json
 from ..base.environment import own_environment, usable_cores
 from .cores import job_threads
 from .costs import Spent
@@ -30,7 +30,6 @@ from .runner import LIBRARIES, failure_message
 # %% ../../nbs/run/11_measuring.ipynb #c005
 _LIBRARIES = ["grpo_engage.evaluation.evaluation", "grpo_engage.paper.paper", "grpo_engage.rewards.best_of_n",
               "grpo_engage.train.hybrid"]
-_MEMORY_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 def now() -> np.ndarray:
@@ -46,8 +45,7 @@ def _answer(sender, function: Callable, arguments: tuple, threads: int) -> None:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
             found = function(*arguments)
         wall, cpu = now() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MEMORY_UNIT
-        sender.send((Spent(wall, cpu, peak), found, ""))
+        sender.send((Spent(wall, cpu, peak_memory()), found, ""))
     except Exception as error:  # goes to the process that asked
         sender.send((None, isinstance(error, ValueError), f"{type(error).__name__}: {error}"))
 

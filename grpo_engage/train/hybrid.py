@@ -34,7 +34,7 @@ from .training_curves import curves_figure
 from .watching import Watch, training_judge, watch_figure, watched_posts
 
 # %% ../../nbs/07_hybrid.ipynb #c009
-MIN_STEPS_TO_TELL = 6  # five steps in perfect order have p = 1/120, but one swap makes it useless
+MIN_STEPS_TO_TELL = 6  # five in order bear one swap of neighbours (p .042), not two (.12); six bear two (.028)
 
 
 def _trend(log: pd.DataFrame, column: str, sign: int, level: float) -> dict:

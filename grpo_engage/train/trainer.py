@@ -159,13 +159,13 @@ class ReplyTrainer(ReferenceTrainer):
     training (`ReplyConfig(generates=False)` frees their size); otherwise a group brings its post's references along.
 
     advantage: "group" (TRL's), "leave_one_out", "max_at_k" with `max_k` (None: K), or a function (`reward_advantages`).
-    All but TRL's, and the diversity credit, pass `scaled_credit` (`rms_floor`); with scale_rewards="none" only that.
-    diversity_metric: see `set_diversity`. advantage_clip: bound of |beta * A + lam * credit| (None: none).
-    policy_every: group terms in rounds of generation 0, n, 2n ... only (by the global step, so a resume keeps the
-    phase; they are not multiplied by n to make up for it). kl_weight: KL(policy || warm start) inside L_grpo, so TRL's
-    own `args.beta` is beta * kl_weight. exact: unscaled, unclipped and without length normalisation, so that the
-    expected gradient is that of the objective. max_length: of prompt and reference, in tokens (None: what the model
-    can read); see `ReferenceTrainer`. cut_replies: what a reply without an end counts; see `without_cut`.
+    The last three and the diversity credit are divided by their root mean square (`scaled_credit`, `rms_floor`); with
+    scale_rewards="none" the credit alone. diversity_metric: see `set_diversity`. advantage_clip: bound of |beta * A +
+    lam * credit| (None: none). policy_every: group terms in rounds of generation 0, n, 2n ... only (by the global step,
+    so a resume keeps the phase; not multiplied by n to make up for it). kl_weight: KL(policy || warm start) inside
+    L_grpo, so TRL's own `args.beta` is beta * kl_weight. exact: unscaled, unclipped and without length normalisation,
+    so that the expected gradient is that of the objective. max_length: of prompt and reference, in tokens (None: what
+    the model can read); see `ReferenceTrainer`. cut_replies: what a reply without an end counts; see `without_cut`.
     diversity_form: "product" for the reward times a reply's own diversity (`product_advantages`) in place of a sum.
     k_schedule: (end, steps) to which and in which max_k goes down; see `scheduled_k`.
 

@@ -86,7 +86,8 @@ def samples_page(samples: pd.DataFrame, title: str) -> str:
     with pd.option_context("display.max_colwidth", None):  # else texts are cut after 50 characters
         table = shown[["tweet", "step", "reply", *SCORES]].to_html(index=False, escape=True, border=0,
                                                                    float_format="{:.3f}".format)
-    heading = pd.Series([title]).to_frame("").to_html(index=False, header=False, escape=True, border=0)
+    heading = pd.Series([f"{title}: generated replies, no person wrote them"]).to_frame("").to_html(
+        index=False, header=False, escape=True, border=0)
     # isolate: a right-to-left mark in one text must not turn its neighbours around
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Samples</title><style>'
             "body{font-family:sans-serif}td,th{text-align:left;vertical-align:top;padding:.2em .6em;"
