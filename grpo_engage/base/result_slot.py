@@ -32,7 +32,8 @@ def _part_html(part: Figure | Path | pd.DataFrame | str) -> str:
     if isinstance(part, Path):
         return _picture(part.read_bytes())
     if isinstance(part, pd.DataFrame):
-        return part.to_html(escape=True, border=0, na_rep="")
+        return part.to_html(escape=True, border=0, na_rep="").replace("<td>", '<td style="text-align:left">').replace(
+            "<th>", '<th style="text-align:left">')  # JupyterLab has all cells flush right
     if isinstance(part, str):
         return f"<p>{escape(part)}</p>"
     raise TypeError(f"result_html: a {type(part).__name__} can't be shown; give a figure, a path, a table or a text")
@@ -40,7 +41,7 @@ def _part_html(part: Figure | Path | pd.DataFrame | str) -> str:
 
 def _picture(png: bytes) -> str:
     return (
-        f'<img alt="result" style="max-width:760px;width:100%;background:#fff" '
+        f'<img alt="result" style="max-width:min(760px, 100%);background:#fff" '
         f'src="data:image/png;base64,{base64.b64encode(png).decode()}">'
     )
 
