@@ -229,6 +229,7 @@ def _kernels(command):
             if "ipykernel_launcher" in " ".join(process.cmdline())]
 
 
+@pytest.mark.slow  # three minutes; tests/test_survival.py has a kill -9 in each fast run
 def test_killed_command_and_killed_kernel_go_on_to_the_same_bytes(runs, finished):
     run_dir = without_training(finished[0], runs / "killed")
     environment = os.environ | {"GRPO_ENGAGE_RUNS": str(runs)}

@@ -35,7 +35,7 @@ def primary_table(run: Run) -> str:
         "$p$ (Holm)": run.primary["p_holm"].map(p_value),
         "80\\% power": run.primary["smallest"].map(number),
         "At equal diversity": [with_interval(*row) for row in beside[["difference", "low", "high"]].to_numpy()],
-        "Safety": run.primary["safety"].fillna("not asked").map(escape_latex),
+        "Safety": run.primary.reindex(columns=["safety"])["safety"].fillna("not asked").map(escape_latex),
         "Posts": run.primary["n_posts"].map(lambda n: number(n, 0)),
         "Interval over": run.primary["over"].map(escape_latex)}), "lrrrrrrlrl")  # fmt: skip
 
