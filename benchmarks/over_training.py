@@ -8,7 +8,7 @@ WORLD is a run of preset `judges` up to reward_model, and policy:
 
 Units, an arm with a seed, are done in the order of the seeds, so that whole seeds come first; each leaves
 OUT/units/<arm>-seed<seed>.csv, and one whose file is there is not done again. The pass mark is frozen in
-OUT/pass.json when the baselines of all seeds have been sampled; what a unit took (minutes of one process) is in
+OUT/pass.json when the baselines of all seeds have been sampled; what a unit took (CPU minutes) is in
 OUT/cost.csv. Replies and adapters stay in OUT/work, which nothing else needs: to go on with other arms without it, the
 baselines are trained again.
 """
@@ -48,9 +48,9 @@ def baseline(run: Path, seed: int, out: Path) -> None:
 
 
 def unit(run: Path, name: str, seed: int, out: Path) -> dict:
-    start, world = time.perf_counter(), ready(run)
+    start, world = time.process_time(), ready(run)
     write_unit(name, seed, out, world)
-    return {"arm": name, "seed": seed, "minutes": round((time.perf_counter() - start) / 60, 2)}
+    return {"arm": name, "seed": seed, "minutes": round((time.process_time() - start) / 60, 2)}
 
 
 def main() -> None:
@@ -74,7 +74,7 @@ def main() -> None:
         path = given.out / "cost.csv"
         before = pd.read_csv(path) if path.exists() else pd.DataFrame()
         write_csv(path, pd.concat([before, pd.DataFrame([spent])], ignore_index=True))
-        say(f"{spent['arm']} seed {spent['seed']}: {number} of {len(units)} units, {spent['minutes']} minutes")
+        say(f"{spent['arm']} seed {spent['seed']}: {number} of {len(units)} units, {spent['minutes']} CPU minutes")
 
 
 if __name__ == "__main__":
