@@ -19,7 +19,7 @@ from . import study_sentences as sentences
 from . import study_tables as tables
 from .exhibits import number
 from .paper import macros_text
-from .pdf import build_pdf, escape_latex
+from .pdf import build_pdf
 from .published_sources import read_sources, source_macros, sources_table
 
 # %% ../../nbs/paper/10_study.ipynb #e2742351
@@ -91,8 +91,8 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "AnswerCeiling": sentences.ceiling_sentence(answers),
         "AbstractFall": fall,
         "AbstractJudges": sentences.judges_sentence(answers),
-        "AbstractDelay": sentences.delay_sentence(answers),
-        "AbstractTemperature": sentences.temperature_sentence(answers),
+        "AbstractDelay": sentences.in_short(sentences.delay_sentence(answers)),
+        "AbstractTemperature": sentences.in_short(sentences.temperature_sentence(answers)),
         "SystemsSentence": f"the leads at each arm's own temperature are {sentences.leads(led)}.",
         "LadderSystems": number(ladder["n_systems"].iloc[0], 0),
         "LadderJudge": number(ladder["with_gold"]["judge"], 2),
@@ -104,9 +104,10 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "StudySteps": number(answers["last"].max(), 0),
         "WorldConversations": number(found["world"]["conversations"].iloc[0], 0),
         "UnitMinutes": number(spent["minutes"].mean(), 0),
+        "StudyUnits": str(len(spent)),
         "StudyHours": number(spent["minutes"].sum() / 60, 1),
         "SpeedGrpo": f"{number(step['ratio'].min(), 1)} to {number(step['ratio'].max(), 1)}",
-        "PaperDate": escape_latex("grpo_engage"),
+        "PaperDate": "All eight seeds" if seeds == 8 else f"Interim report: {seeds} of 8 seeds of the main study",
     }
 
 # %% ../../nbs/paper/10_study.ipynb #3952eda0
