@@ -406,7 +406,8 @@ def test_rivals_and_files_are_arms_beside_and_no_criterion_is_asked_of_them(full
     table = evaluation.evaluation_stage(run_dir, n_boot=100, embeddings=False, temperatures=[0.5], rivals=[
         "real", "best_of_n"], best_of=3, arm_files=[str(theirs)])
     made = pd.read_parquet(run_dir / "evaluation" / "generations.parquet")
-    assert made.columns.tolist() == generation.COLUMNS
+    assert made.columns.tolist() == [*generation.COLUMNS, "generated"]
+    assert set(made.loc[~made["generated"], "arm"]) == {"real"}  # every other reply carries the mark
     assert set(made.loc[made["kind"] == "rival", "arm"]) == {"baseline_T0.5", "best_of_n", "real", "theirs"}
     assert [call["n"] for call in calls].count(48) == 1 and [call["temperature"] for call in calls].count(0.5) == 4
     value = table.set_index(["arm", "metric"])["value"]

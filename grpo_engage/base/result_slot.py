@@ -10,13 +10,16 @@ import base64
 import io
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from IPython.display import HTML, display
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:  # half a second, which a stage that draws nothing does without
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/base/10_result_slot.ipynb #877044a0
-def result_html(*parts: Figure | Path | pd.DataFrame | str) -> str:
+def result_html(*parts: "Figure | Path | pd.DataFrame | str") -> str:
     """`parts` one below the other as HTML: figures and paths of PNG files as pictures, tables, and sentences.
 
     Raises: TypeError for anything else, FileNotFoundError for a picture that is not there.
@@ -24,8 +27,8 @@ def result_html(*parts: Figure | Path | pd.DataFrame | str) -> str:
     return "\n".join(map(_part_html, parts))
 
 
-def _part_html(part: Figure | Path | pd.DataFrame | str) -> str:
-    if isinstance(part, Figure):
+def _part_html(part: "Figure | Path | pd.DataFrame | str") -> str:
+    if hasattr(part, "savefig"):
         buffer = io.BytesIO()
         part.savefig(buffer, format="png", dpi=110)
         return _picture(buffer.getvalue())
@@ -56,6 +59,6 @@ class ResultSlot:
         )
         self._handle = display(HTML(waiting), display_id=True)
 
-    def show(self, *parts: Figure | Path | pd.DataFrame | str) -> None:
+    def show(self, *parts: "Figure | Path | pd.DataFrame | str") -> None:
         """Put `parts` (as in `result_html`) into the place, whatever was there before."""
         self._handle.update(HTML(f"<h3>{escape(self._title)}</h3>{result_html(*parts)}"))
