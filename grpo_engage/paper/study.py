@@ -80,17 +80,14 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     answers, ladder, spent = found["answers"], found["ladder"].set_index("rung"), found["units"]
     seeds, speed = int(answers["n_seeds"].max()), found["speed"]
     step = speed[(speed["policy"] == "smollm2-135m") & (speed["what"] == "grpo") & (speed["way"] == "grpo")]
-    fall = sentences.fall_sentence(answers)
     lead = found["primary"].rename(columns={"arm": "setting", "low": "ci_low", "high": "ci_high"})
     led = lead.dropna(subset="p_holm")
     return {
-        "AnswerFall": fall,
+        "AnswerFall": sentences.fall_sentence(answers),
         "AnswerJudges": sentences.judges_sentence(answers),
         "AnswerDelay": sentences.delay_sentence(answers),
         "AnswerTemperature": sentences.temperature_sentence(answers),
         "AnswerCeiling": sentences.ceiling_sentence(answers),
-        "AbstractFall": fall,
-        "AbstractJudges": sentences.judges_sentence(answers),
         "AbstractDelay": sentences.in_short(sentences.delay_sentence(answers)),
         "AbstractTemperature": sentences.in_short(sentences.temperature_sentence(answers)),
         "SystemsSentence": f"the leads at each arm's own temperature are {sentences.leads(led)}.",

@@ -8,252 +8,143 @@ __all__ = ['fall_table', 'judges_table', 'delay_table', 'temperature_table', 'sy
            'examples_table']
 
 # %% ../../nbs/paper/09_study_tables.ipynb #a058d6cb
+from types import SimpleNamespace
+
 import pandas as pd
 
-from .endpoint_exhibits import p_value
+from .endpoint_exhibits import p_value, primary_table
 from .exhibits import latex_table, metric_label, number, with_interval
 from .pdf import escape_latex
-from .study_sentences import named
+from .study_sentences import NAMES, named
 
 # %% ../../nbs/paper/09_study_tables.ipynb #c212c848
-def _differences(rows: pd.DataFrame) -> list[str]:
-    return [with_interval(*row, 3) for row in rows[["difference", "ci_low", "ci_high"]].to_numpy()]
+def _intervals(rows: pd.DataFrame, value: str = "difference", low: str = "ci_low", high: str = "ci_high") -> list[str]:
+    return [with_interval(*row, 3) for row in rows[[value, low, high]].to_numpy()]
+
+
+def _numbers(column: pd.Series, digits: int = 3) -> list[str]:
+    return [number(value, digits) for value in column]
 
 
 def fall_table(answers: pd.DataFrame) -> str:
     """Question 1, a row for each arm (LaTeX)."""
     rows = answers[answers["question"] == "1 gold falls"]
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Arm": rows["setting"].map(named),
-                "Peak, step": rows["peak"].map(lambda step: number(step, 0)),
-                "Gold there": rows["mean_versus"].map(number),
-                "At the end": rows["mean"].map(number),
-                "Difference": _differences(rows),
-                "$p$": rows["p_holm"].map(p_value),
-            }
-        )
-    )
+    return latex_table(pd.DataFrame({
+        "Arm": rows["setting"].map(named), "Peak, step": _numbers(rows["peak"], 0),
+        "Gold there": _numbers(rows["mean_versus"]), "At the end": _numbers(rows["mean"]),
+        "Difference": _intervals(rows), "$p$": rows["p_holm"].map(p_value)}))
 
 
 def judges_table(answers: pd.DataFrame, ladder: pd.DataFrame) -> str:
     """Question 2, a row for each judge, with its shared errors from the ladder (LaTeX)."""
     rows = answers[answers["question"] == "2 a judge sees it"]
-    shared = (
-        ladder.rename(columns={"rung": "judge"})
-        .set_index("judge")
-        .reindex(rows["metric"].replace({"states": "judge"}))[
-            ["shared_errors", "shared_errors_low", "shared_errors_high"]
-        ]
-    )
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Judge": rows["metric"].map(named).to_numpy(),
-                "Shared errors": [with_interval(*row) for row in shared.to_numpy()],
-                "At gold's peak": rows["mean_versus"].map(number).to_numpy(),
-                "At the end": rows["mean"].map(number).to_numpy(),
-                "Difference": _differences(rows),
-                "$p$ (Holm)": rows["p_holm"].map(p_value).to_numpy(),
-            }
-        )
-    )
+    # the study's judge "states" is the ladder's main judge: the same form, fitted on the judge's own split
+    shared = ladder.set_index("rung").reindex(rows["metric"].replace({"states": "judge"}))
+    return latex_table(pd.DataFrame({
+        "Judge": rows["metric"].map(named).tolist(),
+        "Shared errors": _intervals(shared, "shared_errors", "shared_errors_low", "shared_errors_high"),
+        "At gold's peak": _numbers(rows["mean_versus"]), "At the end": _numbers(rows["mean"]),
+        "Difference": _intervals(rows), "$p$ (Holm)": rows["p_holm"].map(p_value).tolist()}))
 
 
 def delay_table(answers: pd.DataFrame) -> str:
     """Question 3, a row for each arm beside grpo (LaTeX)."""
     rows = answers[answers["question"] == "3 gold at equal distance"]
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Arm": rows["setting"].map(named),
-                "$\\sqrt{\\mathrm{KL}}$": [
-                    f"{number(low, 2)} to {number(high, 2)}" for low, high in rows[["from", "to"]].to_numpy()
-                ],
-                "Gold": rows["mean"].map(number),
-                "grpo's": rows["mean_versus"].map(number),
-                "Difference": _differences(rows),
-                "$p$ (Holm)": rows["p_holm"].map(p_value),
-            }
-        )
-    )
+    return latex_table(pd.DataFrame({
+        "Arm": rows["setting"].map(named), "$\\sqrt{\\mathrm{KL}}$": [
+            f"{number(low, 2)} to {number(high, 2)}" for low, high in rows[["from", "to"]].to_numpy()],
+        "Gold": _numbers(rows["mean"]), "grpo's": _numbers(rows["mean_versus"]), "Difference": _intervals(rows),
+        "$p$ (Holm)": rows["p_holm"].map(p_value)}))
 
 
 def temperature_table(answers: pd.DataFrame) -> str:
     """Question 4, by both rules (LaTeX)."""
     rows = answers[answers["question"] == "4 beside a temperature"]
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Arm": rows["setting"].map(named),
-                "Rule": ["absolute" if "absolute" in name else "relative" for name in rows["metric"]],
-                "Step": rows["step"].map(lambda step: number(step, 0)),
-                "$T$": rows["temperature"].map(lambda value: number(value, 2)),
-                "Baseline's $T$": rows["versus_temperature"].map(lambda value: number(value, 2)),
-                "Pass@10": rows["mean"].map(number),
-                "Baseline": rows["mean_versus"].map(number),
-                "Difference": _differences(rows),
-                "$p$ (Holm)": rows["p_holm"].map(p_value),
-            }
-        ),
-        "llrrrrrrr",
-    )
+    return latex_table(pd.DataFrame({
+        "Arm": rows["setting"].map(named),
+        "Rule": ["absolute" if "absolute" in name else "relative" for name in rows["metric"]],
+        "Step": _numbers(rows["step"], 0), "$T$": _numbers(rows["temperature"], 2),
+        "Baseline's $T$": _numbers(rows["versus_temperature"], 2), "Pass@10": _numbers(rows["mean"]),
+        "Baseline": _numbers(rows["mean_versus"]), "Difference": _intervals(rows),
+        "$p$ (Holm)": rows["p_holm"].map(p_value)}), "llrrrrrrr")
 
 # %% ../../nbs/paper/09_study_tables.ipynb #f69f9ab8
 def systems_table(primary: pd.DataFrame, frontier: pd.DataFrame, safety: pd.Series) -> str:
-    """The primary endpoint of a run with its lead at equal diversity and safety, arm -> worst state (LaTeX)."""
-    beside = frontier.set_index("arm").reindex(primary["arm"])
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Arm": primary["arm"].map(named),
-                "$T^*$": primary["temperature"].map(lambda value: number(value, 2)),
-                "Pass@10": primary["value"].map(number),
-                "Less baseline": [with_interval(*row, 3) for row in primary[["difference", "low", "high"]].to_numpy()],
-                "$p$ (Holm)": primary["p_holm"].map(p_value),
-                "At equal diversity": [
-                    with_interval(*row, 3) for row in beside[["difference", "low", "high"]].to_numpy()
-                ],
-                "Safety": primary["arm"].map(safety).fillna("not asked"),
-            }
-        ),
-        "lrrrrrl",
-    )
+    """`endpoint_exhibits.primary_table` of a run's committed tables; safety: arm -> worst state."""
+    marked = primary.assign(safety=primary["arm"].map(safety))
+    return primary_table(SimpleNamespace(primary=marked.replace({"arm": NAMES}),
+                                         frontier=frontier.replace({"arm": NAMES})))
 
 
 def ladder_table(ladder: pd.DataFrame) -> str:
     """Each judge's rank correlation over systems with gold's and the reward's (LaTeX)."""
-
-    def of(column: str) -> list[str]:
-        return [with_interval(*row) for row in ladder[[column, f"{column}_low", f"{column}_high"]].to_numpy()]
-
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Judge": ladder["rung"].map(named),
-                "With gold": of("with_gold"),
-                "within": of("with_gold_within"),
-                "With the reward": of("with_reward"),
-            }
-        )
-    )
+    columns = {"With gold": "with_gold", "within": "with_gold_within", "With the reward": "with_reward"}
+    return latex_table(pd.DataFrame({"Judge": ladder["rung"].map(named)} | {
+        title: _intervals(ladder, name, f"{name}_low", f"{name}_high") for title, name in columns.items()}))
 
 
 def deconfounding_table(table: pd.DataFrame, gold: str = "a") -> str:
     """What each way recovers of gold as each dial turns (LaTeX): a row for each dial and value."""
     wide = table[table["gold"] == gold].pivot(index=["dial", "value"], columns="way", values="learned").reset_index()
     ways = [name for name in ("naive", "between", "within") if name in wide]
-    return latex_table(
-        pd.DataFrame(
-            {"Dial": wide["dial"], "Value": wide["value"].map(lambda value: number(value, 1))}
-            | {name: wide[name].map(number) for name in ways}
-        ),
-        "l" + "r" * (1 + len(ways)),
-    )
+    return latex_table(pd.DataFrame({"Dial": wide["dial"], "Value": _numbers(wide["value"], 1)} | {
+        name: _numbers(wide[name]) for name in ways}))
 
 
 def pheme_table(table: pd.DataFrame) -> str:
     """Accuracy on PHEME's clear pairs by cross-fitting (LaTeX)."""
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Features": table["way"].map(escape_latex),
-                "Accuracy": [with_interval(*row, 3) for row in table[["accuracy", "ci_low", "ci_high"]].to_numpy()],
-                "Posts weighed alike": [
-                    with_interval(*row, 3)
-                    for row in table[["posts_equal", "posts_equal_low", "posts_equal_high"]].to_numpy()
-                ],
-                "Over length": [
-                    with_interval(*row, 3)
-                    for row in table[["over_length", "over_length_low", "over_length_high"]].to_numpy()
-                ],
-            }
-        )
-    )
+    return latex_table(pd.DataFrame({
+        "Features": table["way"].map(escape_latex), "Accuracy": _intervals(table, "accuracy"),
+        "Posts weighed alike": _intervals(table, "posts_equal", "posts_equal_low", "posts_equal_high"),
+        "Over length": _intervals(table, "over_length", "over_length_low", "over_length_high")}))
 
 # %% ../../nbs/paper/09_study_tables.ipynb #57c5b80c
 def gradient_table(gradient: pd.DataFrame) -> str:
     """The largest relative error of each term of the enumeration (LaTeX)."""
     grouped = gradient.groupby("term", sort=False)["relative_error"].agg(["size", "max"]).reset_index()
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Term": grouped["term"].map(escape_latex),
-                "Settings": grouped["size"],
-                "Largest relative error": grouped["max"].map("{:.1e}".format),
-            }
-        )
-    )
+    return latex_table(pd.DataFrame({"Term": grouped["term"].map(escape_latex), "Settings": grouped["size"],
+                                     "Largest relative error": grouped["max"].map("{:.1e}".format)}))
 
 
 def alarms_table(alarms: pd.DataFrame) -> str:
     """What each kind of run claimed in decision, primary, comparisons and by its gates (LaTeX)."""
     rows = alarms[~alarms["claim"].str.startswith("robustness")]
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Runs of": rows["kind"].map(escape_latex),
-                "Claim": rows["claim"].map(escape_latex),
-                "Runs": rows["runs"],
-                "Claimed": rows["claimed"],
-                "Interval": [
-                    f"{number(low, 2)} to {number(high, 2)}" for low, high in rows[["low", "high"]].to_numpy()
-                ],
-            }
-        ),
-        "llrrr",
-    )
+    return latex_table(pd.DataFrame({
+        "Runs of": rows["kind"].map(escape_latex), "Claim": rows["claim"].map(escape_latex), "Runs": rows["runs"],
+        "Claimed": rows["claimed"],
+        "Interval": [f"{number(low, 2)} to {number(high, 2)}" for low, high in rows[["low", "high"]].to_numpy()]}),
+        "llrrr")
 
 
 def projected_table(projected: pd.DataFrame) -> str:
     """What the strategy projected for each arm, and what was measured (LaTeX); what was not computed is left out."""
     rows = projected.dropna(subset="measured")
-    cells = rows.assign(
-        cell=[
-            f"{number(row.projected, 2)}; {with_interval(row.measured, row.ci_low, row.ci_high)}"
-            for row in rows.itertuples()
-        ]
-    )
+    cells = rows.assign(cell=[f"{number(row.projected, 2)}; {with_interval(row.measured, row.ci_low, row.ci_high)}"
+                              for row in rows.itertuples()])
     wide = cells.pivot(index="metric", columns="arm", values="cell").reindex(rows["metric"].unique())
-    return latex_table(
-        pd.DataFrame(
-            {"Metric": [metric_label(name) for name in wide.index]}
-            | {named(arm): wide[arm].tolist() for arm in rows["arm"].unique()}
-        )
-    )
+    return latex_table(pd.DataFrame({"Metric": [metric_label(name) for name in wide.index]} | {
+        named(arm): wide[arm].tolist() for arm in rows["arm"].unique()}))
 
 
 def speed_table(speed: pd.DataFrame) -> str:
-    """Ours beside the stock trainer: seconds, ratio and memory of each comparison (LaTeX)."""
+    """Ours beside the stock trainer (LaTeX): seconds of both, and how many times as fast."""
     ours = speed[speed["way"] != speed["beside"]]
-    theirs = speed[speed["way"] == speed["beside"]].set_index(["policy", "size", "lengths", "what"])["seconds"]
-    keys = list(ours[["policy", "size", "lengths", "what"]].itertuples(index=False, name=None))
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Policy": ours["policy"].map(escape_latex),
-                "What": ours["what"].map(escape_latex),
-                "Size": ours["size"],
-                "Lengths": ours["lengths"],
-                "Beside": [number(theirs[key], 2) for key in keys],
-                "Ours": ours["seconds"].map(lambda value: number(value, 2)),
-                "Times as fast": ours["ratio"].map(lambda value: number(value, 2)),
-            }
-        ),
-        "llllrrr",
-    )
+    keys = ["policy", "size", "lengths", "what"]
+    both = ours.merge(speed[speed["way"] == speed["beside"]], on=keys, suffixes=("", "_theirs"), validate="one_to_one")
+    return latex_table(pd.DataFrame({
+        "Policy": both["policy"].map(escape_latex), "What": both["what"].map(escape_latex), "Size": both["size"],
+        "Lengths": both["lengths"], "Beside": _numbers(both["seconds_theirs"], 2), "Ours": _numbers(both["seconds"], 2),
+        "Times as fast": _numbers(both["ratio"], 2)}), "llllrrr")
 
 
 def examples_table(examples: pd.DataFrame) -> str:
-    """Generated replies with their gold (LaTeX); columns arm, text, gold. The first row names the post."""
-    return latex_table(
-        pd.DataFrame(
-            {
-                "Arm": examples["arm"].map(named),
-                "Reply (generated)": examples["text"].map(escape_latex),
-                "Gold": examples["gold"].map(lambda value: number(value, 2)),
-            }
-        ),
-        "lp{10cm}r",
-    )
+    """The post, then replies to it with their gold (LaTeX); columns tweet, arm, text, gold.
+
+    Raises: ValueError for replies to several posts.
+    """
+    if examples["tweet"].nunique() != 1:
+        raise ValueError(f"examples_table: replies to {examples['tweet'].nunique()} posts; give those to one")
+    return latex_table(pd.DataFrame({
+        "Arm": ["(the post)", *examples["arm"].map(named)],
+        "Reply (generated)": [escape_latex(text) for text in (examples["tweet"].iloc[0], *examples["text"])],
+        "Gold": ["--", *_numbers(examples["gold"], 2)]}), "lp{10cm}r")

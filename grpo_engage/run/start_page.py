@@ -15,15 +15,13 @@ from .folders import run_folder
 
 # %% ../../nbs/run/33_start_page.ipynb #956af009
 def sorted_rows(rows: Sequence[dict], column: str, descending: bool = False) -> list[dict]:
-    """`rows` by `column`: numbers, then words; a row without an entry is last in either order."""
-    there = [row for row in rows if row.get(column) not in (None, "")]
+    """`rows` by `column`: numbers, then words, then rows without an entry, in either order."""
+    def kind(row: dict) -> int:
+        return 2 if row.get(column) in (None, "") else 0 if isinstance(row[column], int | float) else 1
 
-    def key(row: dict) -> tuple[bool, float, str]:
-        value = row[column]
-        number = isinstance(value, int | float)
-        return not number, float(value) if number else 0.0, "" if number else str(value).casefold()
-
-    return sorted(there, key=key, reverse=descending) + [row for row in rows if row.get(column) in (None, "")]
+    numbers, words, empty = ([row for row in rows if kind(row) == each] for each in range(3))
+    return [*sorted(numbers, key=lambda row: row[column], reverse=descending),
+            *sorted(words, key=lambda row: str(row[column]).casefold(), reverse=descending), *empty]
 
 # %% ../../nbs/run/33_start_page.ipynb #e483a7a9
 def shown_columns(rows: Sequence[dict]) -> list[str]:
