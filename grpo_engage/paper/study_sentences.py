@@ -15,7 +15,7 @@ from .endpoint_exhibits import p_value
 from .exhibits import with_interval
 from .pdf import escape_latex
 
-NAMES = {"max_at_10": "max@10", "grpo_max": "max@10, k falling to 1", "judge_without_length": "judge without length"}
+NAMES = {"max_at_10": "max@10", "grpo_max": "annealed max@10", "judge_without_length": "judge without length"}
 
 # %% ../../nbs/paper/08_study_sentences.ipynb #70b766db
 def named(name: str) -> str:
