@@ -36,8 +36,8 @@ def primary_table(run: Run) -> str:
         "80\\% power": run.primary["smallest"].map(number),
         "At equal diversity": [with_interval(*row) for row in beside[["difference", "low", "high"]].to_numpy()],
         "Safety": run.primary.reindex(columns=["safety"])["safety"].fillna("not asked").map(escape_latex),
-        "Posts, seeds": [f"{number(row.n_posts, 0)}, {number(row.n_seeds, 0)}" for row in run.primary.itertuples()]}),
-        "lrrrrrrlr")  # fmt: skip
+        "Posts": run.primary["n_posts"].map(lambda n: number(n, 0)),
+        "Interval over": run.primary["over"].map(escape_latex)}), "lrrrrrrlrl")  # fmt: skip
 
 # %% ../../nbs/paper/06_endpoint_exhibits.ipynb #c008
 def primary_macros(run: Run) -> dict[str, str]:
