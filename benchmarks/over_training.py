@@ -30,6 +30,7 @@ from grpo_engage.studies.over_training import (
     World,
     freeze_marks,
     sample_unit,
+    train_unit,
     world_in,
     write_unit,
 )
@@ -47,10 +48,14 @@ def baseline(run: Path, seed: int, out: Path) -> None:
     sample_unit("baseline", seed, out, ready(run))
 
 
+def start(run: Path, seed: int, out: Path) -> None:
+    train_unit("baseline", seed, out, ready(run))
+
+
 def unit(run: Path, name: str, seed: int, out: Path) -> dict:
-    start, world = time.process_time(), ready(run)
+    begun, world = time.process_time(), ready(run)
     write_unit(name, seed, out, world)
-    return {"arm": name, "seed": seed, "minutes": round((time.process_time() - start) / 60, 2)}
+    return {"arm": name, "seed": seed, "minutes": round((time.process_time() - begun) / 60, 2)}
 
 
 def main() -> None:
@@ -68,6 +73,8 @@ def main() -> None:
     say(f"pass marks: {freeze_marks(given.out, given.seeds)['rules']}")
     units = [(name, seed) for seed in given.seeds for name in arms
              if not (given.out / "units" / f"{name}-seed{seed}.csv").exists()]
+    # first, so that no two units of a seed train the baseline that both start from
+    Parallel(n_jobs=given.jobs)(delayed(start)(given.world, seed, given.out) for seed in sorted({s for _, s in units}))
     done = Parallel(n_jobs=given.jobs, return_as="generator_unordered")(
         delayed(unit)(given.world, name, seed, given.out) for name, seed in units)
     for number, spent in enumerate(done, 1):
