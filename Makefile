@@ -71,7 +71,7 @@ list: $(READY)
 	$(BIN)/python -m grpo_engage list
 
 lab: $(READY)
-	$(BIN)/python -m jupyterlab --notebook-dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter --LabApp.news_url=None nbs/10_runs.ipynb $(ARGS)
+	$(BIN)/python -m jupyterlab --notebook-dir=. --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter --LabApp.app_settings_dir=hooks/lab nbs/10_runs.ipynb $(ARGS)
 
 export: $(READY)
 	find grpo_engage -name "*.py" ! -name __init__.py -delete

@@ -49,6 +49,7 @@ def server(folder: Path) -> tuple[subprocess.Popen, str]:
         "--allow-root",
         "--IdentityProvider.token=",
         "--LabApp.expose_app_in_browser=True",
+        f"--LabApp.app_settings_dir={folder / 'hooks' / 'lab'}",
         "--ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter",
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
@@ -76,21 +77,20 @@ def run_all(page: Page, minutes: float) -> None:
     page.wait_for_timeout(1500)
 
 
-def to_top(page: Page) -> None:
-    page.evaluate("document.querySelectorAll('.jp-WindowedPanel-outer').forEach(panel => { panel.scrollTop = 0 })")
+def scroll(page: Page, pixels: int) -> None:
+    page.evaluate(
+        f"document.querySelectorAll('.jp-WindowedPanel-outer').forEach(panel => {{ panel.scrollTop = {pixels} }})"
+    )
     page.wait_for_timeout(1500)
 
 
 def screens(page: Page, out: Path) -> bool:
     """Take the first two screens; whether the result (a picture or a table under its heading) begins on them."""
-    to_top(page)
+    scroll(page, 0)
     page.screenshot(path=f"{out}_1.png")
     seen = page.locator(".jp-Notebook img[alt=result], .jp-Notebook .jp-RenderedHTML table")
     place = seen.first.bounding_box() if seen.count() else None
-    page.evaluate(
-        f"document.querySelector('.jp-Notebook .jp-WindowedPanel-outer, .jp-Notebook').scrollTop = {HEIGHT - 150}"
-    )
-    page.wait_for_timeout(1500)
+    scroll(page, HEIGHT - 150)
     page.screenshot(path=f"{out}_2.png")
     return place is not None and place["y"] < 2 * HEIGHT
 

@@ -24,7 +24,7 @@ TINY = ["max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
         "allow_unvalidated_reward=true", "best_of_n_posts=2", "best_of_n_replies=16", "rivals=[real]",
         "temperatures=[]", "embeddings=false", "watch_posts=2", "arms=[baseline, grpo]", "judge_backbone=minilm",
         "evaluation.batch_size=16", "policy=nano"]
-COUNTS = Counts(30_000, {"validation": 540, "test": 360})
+COUNTS = Counts(30_000, {"validation": 540, "test": 360}, judged=9_000)
 
 
 def settings(*changes, preset="smoke"):

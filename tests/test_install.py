@@ -204,6 +204,27 @@ def test_a_study_runs_outside_the_checkout(installed, tmp_path):
         ".gitignore", "README.md", "configs", STUDY, "nbs", "outputs", "paper"]
 
 
+@pytest.mark.slow
+def test_a_whole_study_runs_outside_the_checkout(installed, tmp_path):
+    """Every stage to the paper's PDF, at a size of minutes, in a study's folder, and the adapter from there."""
+    small = ["n_conversations=120", "max_steps=3", "n_test_posts=4", "n_validation_posts=4", "n_samples=16",
+             "n_boot=200", "max_new_tokens=16", "allow_unvalidated_reward=true", "best_of_n_posts=4",
+             "best_of_n_replies=16", "rivals=[best_of_n]", "temperatures=[]", "embeddings=false", "watch_posts=2",
+             "arms=[baseline, grpo]"]
+    before = sorted(installed.rglob("*"))
+    worked(call(installed, tmp_path, "init", "whole"))
+    study, models = tmp_path / "whole", {"GRPO_ENGAGE_MODELS": str(models_dir())}
+    said = worked(call(installed, study, "run", "--preset", "study", "--no-estimate",
+                       *(word for text in small for word in ("-p", text)), **models))
+    run_dir = study / "outputs" / "runs" / "study"
+    for stage in ("best_of_n", "train/grpo/seed0", "evaluation", "paper"):
+        assert read_json(run_dir / stage / "manifest.json")["status"] == "completed", stage
+    assert (run_dir / "paper" / "main.pdf").read_bytes().startswith(b"%PDF")
+    assert "status: completed" in said and (run_dir / "report.html").exists()
+    worked(call(installed, study, "export", "--run", "study", "--arm", "grpo", "--merge", **models))
+    assert sorted(installed.rglob("*")) == before  # nothing was written among the installed files
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     monkeypatch.delenv("GRPO_ENGAGE_PLACE", raising=False)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Price', 'NO_DRIVERS', 'Spent', 'fitted', 'cost', 'looks', 'training_work', 'evaluation_work', 'Counts', 'work',
-           'reading_work', 'drivers', 'this_machine', 'is_this_machine', 'spent_by', 'recorded', 'table', 'as_text']
+           'judge_sequences', 'reading_work', 'drivers', 'this_machine', 'is_this_machine', 'spent_by', 'recorded',
+           'table', 'as_text']
 
 # %% ../../nbs/run/10_costs.ipynb #c002
 import inspect
@@ -100,10 +101,12 @@ def evaluation_work(settings: EvaluationSettings, posts: Mapping[str, int],
 # %% ../../nbs/run/10_costs.ipynb #c015
 @dataclass(frozen=True)
 class Counts:
-    """What the data hold: replies in all, and posts with two replies or more in the splits validation and test."""
+    """What the data hold: replies in all, posts with two replies or more in the splits validation and test, and the
+    replies of the split judge."""
 
     replies: int
     posts: Mapping[str, int]
+    judged: int
 
 
 def work(config: Mapping, job: Job, counts: Counts) -> dict[str, float]:
@@ -118,7 +121,19 @@ def work(config: Mapping, job: Job, counts: Counts) -> dict[str, float]:
         return evaluation_work(EvaluationSettings.make(**given), counts.posts, marks)
     if stage == "best_of_n":
         return {"job": 1, "post": min(given["best_of_n_posts"], counts.posts["validation"])}
-    return reading_work(counts) if stage in ("heuristic_reward", "reward_model") else {"job": 1}
+    if stage == "reward_model":
+        return reading_work(counts) | {"sequence": judge_sequences(given, counts)}
+    return reading_work(counts) if stage == "heuristic_reward" else {"job": 1}
+
+
+def judge_sequences(given: Mapping, counts: Counts) -> int:
+    """On how many sequences the judges' own language models train in a stage reward_model with the parameters `given`.
+    """
+    from grpo_engage.rewards.language_states import sequences_to_see  # loads torch
+    from grpo_engage.rewards.settings import RewardModelSettings
+
+    models = sum(backbone == "states" for backbone, _ in RewardModelSettings.make(**given).judges().values())
+    return models * sequences_to_see(counts.judged)
 
 
 def reading_work(counts: Counts) -> dict[str, float]:
