@@ -27,6 +27,7 @@ from grpo_engage.studies.over_training_answers import (
     whole_seeds,
     write_answers,
 )
+from grpo_engage.studies.over_training_checks import write_checks
 
 PUBLISHED = REPO_ROOT / "outputs" / "published"
 
@@ -62,6 +63,7 @@ def main() -> None:
     if len(whole_seeds(study / "units")) >= 2:  # intervals cross posts and seeds
         units = read_units(study / "units")
         write_answers(units, out / "outputs" / "published" / "over_training")
+        write_checks(study / "units", out / "outputs" / "published" / "over_training")
         picture(plot_over_training(units), out / "docs" / "figures" / "over_training.png")
         build_study(REPO_ROOT, out / "paper" / "study", {"frontier": plot_temperatures(points),
                                                          "over_training": plot_over_training(units)})

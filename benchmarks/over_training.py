@@ -9,8 +9,9 @@ WORLD is a run of preset `judges` up to reward_model, and policy:
 Units, an arm with a seed, are done in the order of the seeds, so that whole seeds come first; each leaves
 OUT/units/<arm>-seed<seed>.csv, and one whose file is there is not done again. The pass mark is frozen in
 OUT/pass.json when the baselines of all seeds have been sampled; what a unit took (CPU minutes) is in
-OUT/cost.csv. Replies and adapters stay in OUT/work, which nothing else needs: to go on with other arms without it, the
-baselines are trained again.
+OUT/cost.csv. Replies and adapters stay in OUT/work. Only OUT/parts.csv needs them afterwards (what gold is made of, on
+seeds of which the replies of all primary arms are there); to go on with other arms without them, the baselines are
+trained again.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torch
 from joblib import Parallel, delayed
 
 from grpo_engage.base.core import say, write_csv
+from grpo_engage.data.pairs import load_pairs
 from grpo_engage.policy.base_models import quiet_libraries
 from grpo_engage.studies.over_training import (
     PRIMARY,
@@ -34,6 +36,7 @@ from grpo_engage.studies.over_training import (
     world_in,
     write_unit,
 )
+from grpo_engage.studies.over_training_checks import parts_of_units
 
 
 def ready(run: Path) -> World:
@@ -82,6 +85,8 @@ def main() -> None:
         before = pd.read_csv(path) if path.exists() else pd.DataFrame()
         write_csv(path, pd.concat([before, pd.DataFrame([spent])], ignore_index=True))
         say(f"{spent['arm']} seed {spent['seed']}: {number} of {len(units)} units, {spent['minutes']} CPU minutes")
+    posts = load_pairs(given.world).drop_duplicates("conversation_id").set_index("conversation_id")["tweet"]
+    write_csv(given.out / "parts.csv", parts_of_units(given.out, posts).round(5))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from ..base.core import read_json
 from ..base.plots import savefig
 from ..evaluation.safety_change import worst_states
 from . import study_sentences as sentences
@@ -25,6 +26,9 @@ from .published_sources import read_sources, source_macros, sources_table
 # %% ../../nbs/paper/10_study.ipynb #e2742351
 RESULTS = {
     "answers": "outputs/published/over_training/answers.csv",
+    "checks": "outputs/published/over_training/checks.csv",
+    "parts": "outputs/published/over_training/parts.csv",
+    "pass_mark": "outputs/published/over_training/pass.json",
     "units": "outputs/published/over_training/cost.csv",
     "world": "outputs/published/over_training/world.csv",
     "primary": "benchmarks/systems/primary.csv",
@@ -33,6 +37,7 @@ RESULTS = {
     "projected": "benchmarks/systems/projected.csv",
     "examples": "benchmarks/systems/examples.csv",
     "ladder": "benchmarks/judges/ladder.csv",
+    "judged_systems": "benchmarks/judges/systems.csv",
     "deconfounding": "benchmarks/deconfounding.csv",
     "pheme": "benchmarks/pheme_crossfit.csv",
     "gradient": "proofs/gradient.csv",
@@ -41,7 +46,7 @@ RESULTS = {
 }
 
 
-def read_results(root: Path, sources: Mapping[str, dict]) -> dict[str, pd.DataFrame]:
+def read_results(root: Path, sources: Mapping[str, dict]) -> dict[str, pd.DataFrame | pd.Series]:
     """The tables of RESULTS in the checkout `root`. Raises: ValueError names a file that no entry of
     `sources` lists."""
     known = {path for entry in sources.values() for path in entry["files"]}
@@ -51,7 +56,8 @@ def read_results(root: Path, sources: Mapping[str, dict]) -> dict[str, pd.DataFr
             f"the published paper reads {', '.join(strangers)}, which outputs/published/sources.json does not "
             "list: record what they come from (benchmarks/figures.py --record)"
         )
-    return {name: pd.read_csv(root / path) for name, path in RESULTS.items()}
+    return {name: pd.Series(read_json(root / path)) if path.endswith(".json") else pd.read_csv(root / path)
+            for name, path in RESULTS.items()}
 
 # %% ../../nbs/paper/10_study.ipynb #99607092
 def study_tables(found: Mapping[str, pd.DataFrame], sources: Mapping[str, dict]) -> dict[str, str]:
@@ -59,11 +65,13 @@ def study_tables(found: Mapping[str, pd.DataFrame], sources: Mapping[str, dict])
     answers, ladder = found["answers"], found["ladder"]
     return {
         "fall": tables.fall_table(answers),
+        "parts": tables.parts_table(found["parts"], (40, 160)),
+        "stopping": tables.stopping_table(found["checks"]),
         "judges": tables.judges_table(answers, ladder),
         "delay": tables.delay_table(answers),
         "temperature": tables.temperature_table(answers),
         "systems": tables.systems_table(found["primary"], found["frontier"], pd.Series(worst_states(found["safety"]))),
-        "ladder": tables.ladder_table(ladder),
+        "ladder": tables.ladder_table(ladder, found["judged_systems"]),
         "deconfounding": tables.deconfounding_table(found["deconfounding"]),
         "pheme": tables.pheme_table(found["pheme"]),
         "gradient": tables.gradient_table(found["gradient"]),
@@ -78,6 +86,8 @@ def study_tables(found: Mapping[str, pd.DataFrame], sources: Mapping[str, dict])
 def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
     """Name -> LaTeX of each number and sentence of the paper."""
     answers, ladder, spent = found["answers"], found["ladder"].set_index("rung"), found["units"]
+    checks, moderate = found["checks"], tables.without_systems(found["judged_systems"], "grpo_over")
+    mark = found["pass_mark"]
     seeds, speed = int(answers["n_seeds"].max()), found["speed"]
     step = speed[(speed["policy"] == "smollm2-135m") & (speed["what"] == "grpo") & (speed["way"] == "grpo")]
     lead = found["primary"].rename(columns={"arm": "setting", "low": "ci_low", "high": "ci_high"})
@@ -87,13 +97,30 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "AnswerJudges": sentences.judges_sentence(answers),
         "AnswerDelay": sentences.delay_sentence(answers),
         "AnswerTemperature": sentences.temperature_sentence(answers),
-        "AnswerCeiling": sentences.ceiling_sentence(answers),
-        "AbstractDelay": sentences.in_short(sentences.delay_sentence(answers)),
-        "AbstractTemperature": sentences.in_short(sentences.temperature_sentence(answers)),
+        "AnswerBothRules": sentences.both_rules_sentence(answers),
+        "AnswerLastStep": sentences.last_step_sentence(answers),
+        "AnswerCeiling": sentences.ceiling_sentence(checks),
+        "AnswerProxy": sentences.proxy_sentence(checks),
+        "AnswerStopping": sentences.stopping_sentence(checks),
+        "AnswerSameTemperature": sentences.same_temperature_sentence(checks),
+        "AnswerControl": sentences.control_sentence(checks),
+        "AnswerKl": sentences.kl_sentence(checks),
+        "AnswerParts": sentences.parts_sentence(found["parts"]),
+        "AbstractFall": sentences.in_short(sentences.fall_sentence(answers).partition(" from ")[0]),
+        "AbstractProxy": sentences.in_short(sentences.proxy_sentence(checks)),
+        "AbstractStopping": sentences.in_short(sentences.stopping_sentence(checks)),
+        "AbstractControl": sentences.in_short(sentences.control_sentence(checks)),
+        "AbstractJudges": sentences.judges_sentence(answers).replace(" (Table~\\ref{tab:judges})", ""),
         "SystemsSentence": f"the leads at each arm's own temperature are {sentences.leads(led)}.",
         "LadderSystems": number(ladder["n_systems"].iloc[0], 0),
         "LadderJudge": number(ladder["with_gold"]["judge"], 2),
         "LadderTwin": number(ladder["with_gold"]["twin"], 2),
+        "ModerateJudge": number(moderate["judge"], 2),
+        "ModerateTwin": number(moderate["twin"], 2),
+        "ModerateReward": number(moderate["training reward"], 2),
+        "PassMark": number(mark["rules"]["relative"][1], 3),
+        "PassMarkAbsolute": number(mark["rules"]["absolute"][1], 3),
+        "PassTemperature": number(mark["temperature"], 1),
         "StudySeeds": str(seeds),
         "StudyShort": "the eight that were planned"
         if seeds == 8

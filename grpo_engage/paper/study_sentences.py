@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'named', 'difference', 'listed', 'in_short', 'fall_sentence', 'judges_sentence', 'leads', 'delay_sentence',
-           'temperature_sentence', 'ceiling_sentence']
+           'temperature_sentence', 'both_rules_sentence', 'last_step_sentence', 'proxy_sentence', 'stopping_sentence',
+           'ceiling_sentence', 'same_temperature_sentence', 'control_sentence', 'kl_sentence', 'parts_sentence']
 
 # %% ../../nbs/paper/08_study_sentences.ipynb #b31bb240
 from collections.abc import Sequence
@@ -73,12 +74,13 @@ def fall_sentence(answers: pd.DataFrame) -> str:
 
 
 def judges_sentence(answers: pd.DataFrame) -> str:
-    """Which judges see grpo's fall, which are misled, which cannot tell (LaTeX)."""
+    """Which judges see grpo's fall, which are misled, of which no change is shown, after Holm over them (LaTeX)."""
     rows = _of(answers, "2 a judge sees it")
+    shown = rows["p_holm"] < 0.05
     groups = {
-        "the fall is seen by": rows["ci_high"] < 0,
-        "misled, since their score rises, are": rows["ci_low"] > 0,
-        "no change is told apart by": (rows["ci_high"] >= 0) & (rows["ci_low"] <= 0),
+        "the fall is seen by": shown & (rows["ci_high"] < 0),
+        "misled, since their score rises, are": shown & (rows["ci_low"] > 0),
+        "no change is shown for": ~shown | ((rows["ci_high"] >= 0) & (rows["ci_low"] <= 0)),
     }
     said = "; ".join(
         f"{words} {listed([named(name) for name in rows[chosen]['metric']])}"
@@ -112,10 +114,15 @@ def delay_sentence(answers: pd.DataFrame) -> str:
     return f"{said[:1].upper()}{said[1:]}: {leads(rows)}."
 
 
-def temperature_sentence(answers: pd.DataFrame, metric: str = "pass@10") -> str:
+def _ahead(rows: pd.DataFrame) -> list[str]:
+    return [named(name) for name in rows[(rows["p_holm"] < 0.05) & (rows["difference"] > 0)]["setting"]]
+
+
+def temperature_sentence(answers: pd.DataFrame, metric: str = "pass@10",
+                         question: str = "4 beside a temperature") -> str:
     """Each arm's Pass@10 at its best look less the baseline's at its best temperature (LaTeX), of the family."""
-    rows = _of(answers, "4 beside a temperature", metric).dropna(subset="p_holm")
-    ahead = [named(name) for name in rows[(rows["p_holm"] < 0.05) & (rows["difference"] > 0)]["setting"]]
+    rows = _of(answers, question, metric).dropna(subset="p_holm")
+    ahead = _ahead(rows)
     said = (
         f"{listed(ahead)} {'buys' if len(ahead) == 1 else 'buy'} more Pass@10 than the baseline's best temperature"
         if ahead
@@ -124,13 +131,113 @@ def temperature_sentence(answers: pd.DataFrame, metric: str = "pass@10") -> str:
     return f"{said[:1].upper()}{said[1:]}: {leads(rows)}."
 
 
-def ceiling_sentence(answers: pd.DataFrame) -> str:
-    """What grpo paid by the truth reaches (LaTeX)."""
-    fall = _of(answers, "1 gold falls").set_index("setting").loc["oracle"]
-    lead = _of(answers, "4 beside a temperature", "pass@10").set_index("setting").loc["oracle"]
-    return (
-        f"Paid by the truth, grpo has a gold of {with_interval(fall['mean'], None, None, 3)} at its last step, and its "
-        f"Pass@10 leads the baseline's by "
-        f"{with_interval(lead['difference'], lead['ci_low'], lead['ci_high'], 3)}: what "
-        "the learned reward leaves on the table."
-    )
+def both_rules_sentence(answers: pd.DataFrame) -> str:
+    """Which arms are ahead of the baseline by both rules of passing, and which by one of them (LaTeX)."""
+    ahead = [_ahead(_of(answers, "4 beside a temperature", metric)) for metric in ("pass@10", "pass@10 absolute")]
+    both = [name for name in ahead[0] if name in ahead[1]]
+    one = [name for name in dict.fromkeys([*ahead[0], *ahead[1]]) if name not in both]
+    said = (f"by both rules of passing {listed(both)} {'is' if len(both) == 1 else 'are'} ahead of the baseline's best "
+            "temperature" if both else "no arm is ahead of the baseline's best temperature by both rules of passing")
+    said += f", by one rule alone {listed(one)}" if one else ""
+    return f"{said[:1].upper()}{said[1:]}."
+
+
+def last_step_sentence(answers: pd.DataFrame) -> str:
+    """The same comparison with each arm at its last step (LaTeX)."""
+    rows = _of(answers, "4 the same, last step", "pass@10")
+    return f"At the last step the differences are {leads(rows.assign(p_holm=float('nan')))}."
+
+# %% ../../nbs/paper/08_study_sentences.ipynb #5e1f00a2
+def _checked(checks: pd.DataFrame, check: str, **wanted: str) -> pd.DataFrame:
+    found = checks[checks["check"] == check]
+    for column, value in wanted.items():
+        found = found[found[column] == value]
+    return found
+
+
+def _plain(row: pd.Series) -> str:
+    return difference(pd.Series({**row, "p_holm": float("nan")}))
+
+
+def proxy_sentence(checks: pd.DataFrame, arm: str = "grpo") -> str:
+    """How much more gold `arm` loses than the arm that is paid by the truth (LaTeX)."""
+    row = _checked(checks, "fall beyond the oracle's", setting=arm).iloc[0]
+    ours, theirs = (with_interval(-row[name], None, None, 3) for name in ("mean", "mean_versus"))
+    lost = (f"{named(arm)} loses {ours} from its peak, the arm paid by the truth {theirs} from its own (difference of "
+            f"the changes {_plain(row)})")
+    if row["ci_high"] < 0:
+        return f"The fall is larger than that of the arm that is paid by the truth: {lost}."
+    if row["ci_low"] > 0:
+        return f"The arm that is paid by the truth falls more: {lost}. {_NOT_THE_REWARDS}"
+    return ("The arm that is paid by the truth falls as well, and the two are not told apart: "
+            f"{lost}. {_NOT_THE_REWARDS}")
+
+
+_NOT_THE_REWARDS = "So no part of this fall is shown to be the learned reward's doing."
+
+
+def stopping_sentence(checks: pd.DataFrame, arm: str = "grpo") -> str:
+    """Which scorers, used to choose the step at which `arm` is stopped, are shown to lose gold (LaTeX)."""
+    rows = _checked(checks, "stopping", setting=arm)
+    loses = (rows["p_holm"] < 0.05) & (rows["difference"] < 0)
+    names = rows["metric"].map(named)
+    said = [f"gold is lost by stopping {named(arm)} where {listed(names[loses].tolist())} "
+            f"{'is' if loses.sum() == 1 else 'are'} highest" if loses.any()
+            else f"no scorer is shown to lose gold by where it stops {named(arm)}"]
+    said += [f"no loss is shown for {listed(names[~loses].tolist())}"] if loses.any() and not loses.all() else []
+    text = "; ".join(said)
+    return f"{text[:1].upper()}{text[1:]}: {leads(rows.assign(setting=rows['metric']))}."
+
+
+def ceiling_sentence(checks: pd.DataFrame) -> str:
+    """What the arm paid by the truth has at its peak beside grpo at its own (LaTeX)."""
+    row = _checked(checks, "gold at the peaks").iloc[0]
+    found = (f"{with_interval(row['mean'], None, None, 3)} beside {with_interval(row['mean_versus'], None, None, 3)}, "
+             f"difference {_plain(row)}")
+    if row["ci_low"] > 0:
+        return f"Each at its own peak, the arm paid by the truth has more gold than grpo: {found}."
+    return f"Each at its own peak, the arm paid by the truth is not shown to have more gold than grpo: {found}."
+
+
+def same_temperature_sentence(checks: pd.DataFrame) -> str:
+    """Pass@10 less the baseline's with both at temperature 1 (LaTeX)."""
+    rows = _checked(checks, "at temperature 1", metric="pass@10")
+    return f"With all at temperature 1 the differences are {leads(rows)}."
+
+
+def control_sentence(checks: pd.DataFrame) -> str:
+    """Hybrid beside the baseline that was trained on (LaTeX)."""
+    rows = _checked(checks, "trained on without a reward", setting="hybrid", metric="pass@10")
+    if rows.empty:
+        return "The control for it, the baseline trained on for as many steps, was not run."
+    row = rows.iloc[0]
+    more = _checked(checks, "trained on without a reward", setting="baseline_long", metric="pass@10").iloc[0]
+    said = ("Hybrid is ahead of the baseline trained on for as many steps, too" if row["ci_low"] > 0 else
+            "Beside the baseline trained on for as many steps hybrid's lead is not shown, so it cannot be credited to "
+            "the reward")
+    return (f"{said}: {_plain(row)} in Pass@10, {row['n_seeds']:.0f} seeds; the baseline trained on has {_plain(more)} "
+            "over the baseline.")
+
+
+def kl_sentence(checks: pd.DataFrame) -> str:
+    """What gold of grpo does after its peak where a KL term holds it (LaTeX)."""
+    rows = _checked(checks, "with a KL term", metric="gold")
+    if rows.empty:
+        return "Arms with a KL term, which were planned for four seeds, were not run."
+    weights = {"grpo_kl_low": ".02", "grpo_kl_high": ".1"}
+    return "With a KL term gold at the last step less at its peak is " + listed([
+        f"{_plain(row)} (weight {weights[row['setting']]}, {row['n_seeds']:.0f} seeds, peak at "
+        f"{row['steps'].split()[0]} steps)" for _, row in rows.iterrows()]) + "."
+
+
+def parts_sentence(parts: pd.DataFrame, arm: str = "grpo", first: int = 40, last: int = 160) -> str:
+    """What becomes of gold's content and gates between two looks of `arm` (LaTeX), and over how many seeds."""
+    rows = parts[parts["arm"] == arm]
+    means = rows.groupby("step")[["content", "length", "fluency", "words"]].mean()
+
+    def way(name: str, digits: int = 2) -> str:
+        return " to ".join(with_interval(means[name][step], None, None, digits) for step in (first, last))
+
+    return (f"From {first} to {last} steps of {named(arm)} the content of its replies goes from {way('content')}, the "
+            f"gate of fluency from {way('fluency')}, that of length from {way('length')} "
+            f"({rows['seed'].nunique()} seeds).")

@@ -146,6 +146,9 @@ def write_answers(units: pd.DataFrame, folder: Path, judges: Sequence[str] = JUD
     return table
 
 # %% ../../nbs/studies/03_over_training_answers.ipynb #b89241b1
+_SHOWN = {"max_at_10": "max@10", "judge_without_length": "judge without length"}
+
+
 def plot_over_training(units: pd.DataFrame, judges: Sequence[str] = JUDGES) -> Figure:
     """Gold against √KL from the start for every arm (means over seeds and posts, the seeds thin), and grpo's change of
     gold, reward and each judge against steps; test posts, temperature 1."""
@@ -155,7 +158,8 @@ def plot_over_training(units: pd.DataFrame, judges: Sequence[str] = JUDGES) -> F
     left, right = figure.subplots(1, 2)
     for arm, part in rows.groupby("arm", sort=False):
         looks = part.groupby("step")[["kl", "gold"]].mean()
-        left.plot(np.sqrt(looks["kl"]), looks["gold"], markersize=4, linewidth=1.6, label=arm, **arm_style(arm))
+        left.plot(np.sqrt(looks["kl"]), looks["gold"], markersize=4, linewidth=1.6, label=_SHOWN.get(arm, arm),
+                  **arm_style(arm))
         for _, seed in part.groupby("seed"):
             own = seed.groupby("step")[["kl", "gold"]].mean()
             left.plot(np.sqrt(own["kl"]), own["gold"], linewidth=0.5, alpha=0.35, color=arm_style(arm)["color"])
@@ -166,7 +170,7 @@ def plot_over_training(units: pd.DataFrame, judges: Sequence[str] = JUDGES) -> F
         change = path[name].mean() - path[name].mean().iloc[0]
         right.plot(change.index, change, marker="o", markersize=3.5, linewidth=2 if name == "gold" else 1.2,
                    color="black" if name == "gold" else f"C{number}", linestyle=":" if name == "reward" else "-",
-                   label=name)
+                   label=_SHOWN.get(name, name))
     right.axhline(0, color="0.6", linewidth=0.8)
     right.set_xlabel("steps of grpo")
     right.set_ylabel("mean score less that at the start")

@@ -18,7 +18,16 @@ from ..base.core import write_csv
 from ..data.gold import gold_components
 from ..stats.intervals import holm
 from .learning_study import compare_settings
-from .over_training_answers import JUDGES, best_look, gold_peak, read_units, whole_seeds
+from grpo_engage.studies.over_training_answers import (
+    ARMS,
+    JUDGES,
+    beside_baseline,
+    best_look,
+    fall,
+    gold_peak,
+    read_units,
+    whole_seeds,
+)
 
 # %% ../../nbs/studies/04_over_training_checks.ipynb #57bd93c8
 def stopped(units: pd.DataFrame, arm: str, scorer: str) -> dict[int, int]:
@@ -127,15 +136,21 @@ def checks(units: pd.DataFrame, judges: Sequence[str] = JUDGES, arms: Sequence[s
 
 
 def control_checks(folder: Path, control: str = "baseline_long") -> pd.DataFrame:
-    """Hybrid beside the baseline that was trained on for as many steps, by both rules, on the seeds that have both;
-    no row where `folder` has fewer than two such seeds."""
-    arms = ["hybrid", control]
-    if len(whole_seeds(folder, arms)) < 2:
-        return pd.DataFrame(columns=COLUMNS)
-    units = read_units(folder, arms)
-    rows = [beside_arm(units, first, second, metric) for metric in ("pass@10", "pass@10 absolute")
-            for first, second in (("hybrid", control), (control, "baseline"))]
-    return pd.DataFrame(rows).assign(check="trained on without a reward").reindex(columns=COLUMNS)
+    """Hybrid beside the baseline that was trained on for as many steps, by both rules, on the seeds that have both; and
+    grpo with a KL term: its fall, and its Pass@10 beside the baseline's. No row of what fewer than two seeds have."""
+    rows = []
+    if len(whole_seeds(folder, ["hybrid", control])) >= 2:
+        units = read_units(folder, ["hybrid", control])
+        rows += [beside_arm(units, first, second, metric) | {"check": "trained on without a reward"}
+                 for metric in ("pass@10", "pass@10 absolute")
+                 for first, second in (("hybrid", control), (control, "baseline"))]
+    for arm in ("grpo_kl_low", "grpo_kl_high"):
+        if len(whole_seeds(folder, [arm])) >= 2:
+            units = read_units(folder, [arm])
+            down, lead = fall(units, arm, "gold"), beside_baseline(units, arm)
+            rows += [down | {"check": "with a KL term", "steps": f"{down['peak']} {down['last']}"},
+                     lead | {"check": "with a KL term", "steps": f"{lead['step']}@{lead['temperature']:g}"}]
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
 def write_checks(folder: Path, out: Path) -> pd.DataFrame:
@@ -156,14 +171,19 @@ def gold_parts(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
                          "novelty": np.minimum(1.0, 2 * found["novelty"])})
 
 
-def parts_of_units(out: Path, tweets: Mapping[str, str]) -> pd.DataFrame:
-    """Means of `gold_parts`, gold and words a reply at each look at temperature 1 of every unit whose replies are in
-    out/work, test posts: columns arm, seed, step, and those. tweets: post -> its text."""
+def parts_of_units(out: Path, tweets: Mapping[str, str], arms: Sequence[str] = ("baseline", *ARMS)) -> pd.DataFrame:
+    """Means of `gold_parts`, gold and words a reply at each look at temperature 1 of `arms`, test posts, on the seeds
+    of which the replies of all are in out/work: columns arm, seed, step, and those. tweets: post -> its text."""
     rows = []
     for path in sorted(Path(out).glob("work/*/seed*/test-*-1.parquet")):
-        replies = pd.read_parquet(path)
-        parts = gold_parts(replies["post"].map(tweets).tolist(), replies["text"].tolist())
-        means = parts.assign(gold=replies["gold"], words=replies["n_words"]).mean()
-        rows.append({"arm": path.parents[1].name, "seed": int(path.parent.name.removeprefix("seed")),
-                     "step": int(replies["step"].iloc[0]), **means})
-    return pd.DataFrame(rows).sort_values(["arm", "seed", "step"], ignore_index=True)
+        if (arm := path.parents[1].name) in arms:
+            replies = pd.read_parquet(path)
+            parts = gold_parts(replies["post"].map(tweets).tolist(), replies["text"].tolist())
+            means = parts.assign(gold=replies["gold"], words=replies["n_words"]).mean()
+            rows.append({"arm": arm, "seed": int(path.parent.name.removeprefix("seed")),
+                         "step": int(replies["step"].iloc[0]), **means})
+    table = pd.DataFrame(rows)
+    whole = table.groupby("seed")["arm"].nunique() == len(arms)
+    order = {arm: place for place, arm in enumerate(arms)}
+    return table[table["seed"].map(whole)].sort_values(["arm", "seed", "step"], ignore_index=True,
+                                                       key=lambda part: part.map(order) if part.name == "arm" else part)
