@@ -141,6 +141,7 @@ def trained_bytes(run_dir):
     return {path.relative_to(run_dir).as_posix(): path.read_bytes() for path in found}
 
 
+@pytest.mark.slow  # a minute; tests/test_processes.py compares two processes with one in each fast run
 def test_training_in_two_processes_is_a_parameter(runs, finished):
     without_training(finished[0], runs / "processes")
     done = call(runs, *arguments("processes", "-p", "arms=[baseline]", "-p", "n_processes=2", "--", "train"))

@@ -92,7 +92,7 @@ def curves_figure(table: pd.DataFrame):
 
     style()
     targets = list(dict.fromkeys(table["target"]))
-    figure = Figure(figsize=(3.2 * len(targets), 3), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(targets) + 1.2, 3), layout="constrained")
     for axes, target in zip(figure.subplots(1, len(targets), squeeze=False)[0], targets, strict=True):
         for place, (name, part) in enumerate(table[table["target"] == target].groupby("proxy", sort=False)):
             distance = np.sqrt(part["kl_bound"])
@@ -100,7 +100,7 @@ def curves_figure(table: pd.DataFrame):
             axes.fill_between(distance, part["ci_low"], part["ci_high"], color=f"C{place}", alpha=0.15, linewidth=0)
         axes.set(xlabel=r"$\sqrt{\log n - (n-1)/n}$, bound on $\sqrt{\mathrm{KL}}$", title=target)
     figure.axes[0].set_ylabel("value of the pick")
-    figure.axes[-1].legend(fontsize=7)
+    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return figure
 
 # %% ../../nbs/rewards/08_overoptimisation.ipynb #c019
