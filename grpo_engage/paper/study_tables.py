@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['fall_table', 'parts_table', 'stopping_table', 'judges_table', 'delay_table', 'temperature_table', 'systems_table',
-           'without_systems', 'ladder_table', 'deconfounding_table', 'pheme_table', 'gradient_table', 'alarms_table',
-           'projected_table', 'speed_table', 'examples_table']
+           'without_systems', 'ladder_table', 'bench_table', 'deconfounding_table', 'pheme_table', 'gradient_table',
+           'alarms_table', 'projected_table', 'speed_table', 'examples_table']
 
 # %% ../../nbs/paper/09_study_tables.ipynb #a058d6cb
 from collections.abc import Sequence
@@ -41,10 +41,11 @@ def parts_table(parts: pd.DataFrame, steps: Sequence[int]) -> str:
     start = parts[parts["arm"] == "baseline"].assign(step=0)
     shown = pd.concat([start, parts[(parts["arm"] != "baseline") & parts["step"].isin(steps)]])
     means = shown.groupby(["arm", "step"], sort=False).mean(numeric_only=True).reset_index()
+    more = {"Words": _numbers(means["words"], 1), "Best of ten": _numbers(means["best_of_ten"])}
     titles = {"gold": "Gold", "content": "Content", "length": "Length gate", "fluency": "Fluency gate",
               "novelty": "Novelty gate"}
     return latex_table(pd.DataFrame({"Arm": means["arm"].map(named), "Step": _numbers(means["step"], 0)} | {
-        title: _numbers(means[name]) for name, title in titles.items()} | {"Words": _numbers(means["words"], 1)}))
+        title: _numbers(means[name]) for name, title in titles.items()} | more))
 
 
 def stopping_table(checks: pd.DataFrame) -> str:
@@ -117,6 +118,15 @@ def ladder_table(ladder: pd.DataFrame, systems: pd.DataFrame, left_out: str = "g
     return latex_table(pd.DataFrame({"Judge": ladder["rung"].map(named), "With gold": found["With gold"],
                                      "of the moderate": alone} | {
         title: found[title] for title in ("within", "With the reward")}))
+
+
+def bench_table(rewards: pd.DataFrame, judges: pd.DataFrame) -> str:
+    """The entries of engage-bench that span the range, as rewards and as judges (LaTeX)."""
+    both = rewards.merge(judges, on="name", validate="one_to_one")
+    columns = {"Best of 128": "best_of_128", "Real replies": "real", "Pressed": "pressed", "Ranking": "with_gold",
+               "too long": "long_with_gold"}
+    return latex_table(pd.DataFrame({"Entry": both["name"].str.replace("_", " ").map(escape_latex)} | {
+        title: _numbers(both[name]) for title, name in columns.items()}))
 
 
 def deconfounding_table(table: pd.DataFrame, gold: str = "a") -> str:

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..base.core import write_csv
 from ..data.gold import gold_components
+from ..rewards.overoptimisation import best_of_n
 from ..stats.intervals import holm
 from .learning_study import compare_settings
 from grpo_engage.studies.over_training_answers import (
@@ -173,13 +174,16 @@ def gold_parts(posts: Sequence[str], replies: Sequence[str]) -> pd.DataFrame:
 
 def parts_of_units(out: Path, tweets: Mapping[str, str], arms: Sequence[str] = ("baseline", *ARMS)) -> pd.DataFrame:
     """Means of `gold_parts`, gold and words a reply at each look at temperature 1 of `arms`, test posts, on the seeds
-    of which the replies of all are in out/work: columns arm, seed, step, and those. tweets: post -> its text."""
+    of which the replies of all are in out/work: columns arm, seed, step, those, and best_of_ten, the expected gold of
+    the best by gold of ten replies to a post, which needs no pass mark. tweets: post -> its text."""
     rows = []
     for path in sorted(Path(out).glob("work/*/seed*/test-*-1.parquet")):
         if (arm := path.parents[1].name) in arms:
-            replies = pd.read_parquet(path)
+            replies = pd.read_parquet(path).reset_index(drop=True)
             parts = gold_parts(replies["post"].map(tweets).tolist(), replies["text"].tolist())
             means = parts.assign(gold=replies["gold"], words=replies["n_words"]).mean()
+            gold = replies.pivot(index="post", columns="sample", values="gold").to_numpy()
+            means["best_of_ten"] = best_of_n(gold, gold, 10).mean() if gold.shape[1] >= 10 else np.nan
             rows.append({"arm": arm, "seed": int(path.parent.name.removeprefix("seed")),
                          "step": int(replies["step"].iloc[0]), **means})
     table = pd.DataFrame(rows)
