@@ -74,19 +74,23 @@ def fall_sentence(answers: pd.DataFrame) -> str:
 
 
 def judges_sentence(answers: pd.DataFrame) -> str:
-    """Which judges see grpo's fall, which are misled, of which no change is shown, after Holm over them (LaTeX)."""
+    """Which judges see grpo's fall by their own intervals, which are misled, which cannot tell, and of which of these
+    changes Holm's correction over the judges leaves anything (LaTeX)."""
     rows = _of(answers, "2 a judge sees it")
-    shown = rows["p_holm"] < 0.05
     groups = {
-        "the fall is seen by": shown & (rows["ci_high"] < 0),
-        "misled, since their score rises, are": shown & (rows["ci_low"] > 0),
-        "no change is shown for": ~shown | ((rows["ci_high"] >= 0) & (rows["ci_low"] <= 0)),
+        "the fall is seen by": rows["ci_high"] < 0,
+        "misled, since their score rises, are": rows["ci_low"] > 0,
+        "no change is told apart by": (rows["ci_high"] >= 0) & (rows["ci_low"] <= 0),
     }
     said = "; ".join(
         f"{words} {listed([named(name) for name in rows[chosen]['metric']])}"
         for words, chosen in groups.items()
         if chosen.any()
     )
+    changed = (rows["ci_high"] < 0) | (rows["ci_low"] > 0)
+    if changed.any():
+        left = [named(name) for name in rows[changed & (rows["p_holm"] < 0.05)]["metric"]]
+        said += f"; after Holm over the judges the change is shown for {listed(left)}"
     before = "Of the judges" if _falls(answers) else (
         "That gold falls is not shown, so this has no answer; of the judges")
     return f"{before}: {said} (Table~\\ref{{tab:judges}})."
