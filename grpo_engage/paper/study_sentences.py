@@ -79,7 +79,7 @@ def judges_sentence(answers: pd.DataFrame) -> str:
     rows = _of(answers, "2 a judge sees it")
     groups = {
         "the fall is seen by": rows["ci_high"] < 0,
-        "misled, since their score rises, are": rows["ci_low"] > 0,
+        "the score rises instead for": rows["ci_low"] > 0,
         "no change is told apart by": (rows["ci_high"] >= 0) & (rows["ci_low"] <= 0),
     }
     said = "; ".join(
