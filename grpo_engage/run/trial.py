@@ -289,7 +289,7 @@ def tried_run(config: Mapping, place: Path) -> tuple[dict[Job, Price], Counts]:
     say("trial: policy")
     heavy, policy = started_job(run_dir, "policy")
     prices |= {"data": {"job": data}, "policy": {"job": policy}, "best_of_n": best_of_n_price(run_dir, config)}
-    starts = {"data": light, "train": start_of_training(run_dir, config)}
+    starts = {"data": light, "paper": light, "train": start_of_training(run_dir, config)}
     arms = training_prices(run_dir, config)
     prices |= {"evaluation": evaluation_price(run_dir, config),
                "paper": {"job": tried_stage(run_dir, config, "paper")}}
