@@ -65,6 +65,7 @@ def read_results(root: Path, sources: Mapping[str, dict]) -> dict[str, pd.DataFr
 def study_tables(found: Mapping[str, pd.DataFrame], sources: Mapping[str, dict]) -> dict[str, str]:
     """Name -> LaTeX of each table of the paper."""
     answers, ladder = found["answers"], found["ladder"]
+    safety = pd.Series(worst_states(found["safety"]))
     return {
         "fall": tables.fall_table(answers),
         "parts": tables.parts_table(found["parts"], (40, 160)),
@@ -72,14 +73,14 @@ def study_tables(found: Mapping[str, pd.DataFrame], sources: Mapping[str, dict])
         "judges": tables.judges_table(answers, ladder),
         "delay": tables.delay_table(answers),
         "temperature": tables.temperature_table(answers),
-        "systems": tables.systems_table(found["primary"], found["frontier"], pd.Series(worst_states(found["safety"]))),
+        "systems": tables.systems_table(found["primary"], found["frontier"], safety),
         "ladder": tables.ladder_table(ladder, found["judged_systems"]),
         "bench": tables.bench_table(found["bench_rewards"], found["bench_judges"]),
         "deconfounding": tables.deconfounding_table(found["deconfounding"]),
         "pheme": tables.pheme_table(found["pheme"]),
         "gradient": tables.gradient_table(found["gradient"]),
         "alarms": tables.alarms_table(found["alarms"]),
-        "projected": tables.projected_table(found["projected"]),
+        "projected": tables.projected_table(found["projected"], safety),
         "speed": tables.speed_table(found["speed"]),
         "examples": tables.examples_table(found["examples"]),
         "sources": sources_table(sources),

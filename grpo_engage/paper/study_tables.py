@@ -162,14 +162,15 @@ def alarms_table(alarms: pd.DataFrame) -> str:
         "llrrr")
 
 
-def projected_table(projected: pd.DataFrame) -> str:
-    """What the strategy projected for each arm, and what was measured (LaTeX); what was not computed is left out."""
+def projected_table(projected: pd.DataFrame, safety: pd.Series) -> str:
+    """What the strategy projected for each arm, and what was measured (LaTeX); what was not computed is left out.
+    Last row: the worst state of each arm's safety beside the baseline's (arm -> state)."""
     rows = projected.dropna(subset="measured")
     cells = rows.assign(cell=[f"{number(row.projected, 2)}; {with_interval(row.measured, row.ci_low, row.ci_high)}"
                               for row in rows.itertuples()])
     wide = cells.pivot(index="metric", columns="arm", values="cell").reindex(rows["metric"].unique())
-    return latex_table(pd.DataFrame({"Metric": [metric_label(name) for name in wide.index]} | {
-        named(arm): wide[arm].tolist() for arm in rows["arm"].unique()}))
+    return latex_table(pd.DataFrame({"Metric": [*(metric_label(name) for name in wide.index), "Safety"]} | {
+        named(arm): [*wide[arm], escape_latex(safety[arm]) if arm in safety else "--"] for arm in rows["arm"].unique()}))
 
 
 def speed_table(speed: pd.DataFrame) -> str:
