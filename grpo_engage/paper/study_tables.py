@@ -170,7 +170,8 @@ def projected_table(projected: pd.DataFrame, safety: pd.Series) -> str:
                               for row in rows.itertuples()])
     wide = cells.pivot(index="metric", columns="arm", values="cell").reindex(rows["metric"].unique())
     return latex_table(pd.DataFrame({"Metric": [*(metric_label(name) for name in wide.index), "Safety"]} | {
-        named(arm): [*wide[arm], escape_latex(safety[arm]) if arm in safety else "--"] for arm in rows["arm"].unique()}))
+        named(arm): [*wide[arm], escape_latex(safety[arm]) if arm in safety else "--"]
+        for arm in rows["arm"].unique()}))
 
 
 def speed_table(speed: pd.DataFrame) -> str:
