@@ -57,15 +57,15 @@ def stopping(units: pd.DataFrame, arm: str, scorer: str, metric: str = "gold") -
         "steps": " ".join(f"{step}x{count}" for step, count in counts.items())}
 
 # %% ../../nbs/studies/04_over_training_checks.ipynb #54a84e79
-def change(units: pd.DataFrame, arm: str, metric: str, name: str, steps: tuple[int, int] | None = None) -> pd.DataFrame:
-    """`metric` of `arm` at the second of `steps` less at the first (by default its `gold_peak` and its last step), test
-    posts, temperature 1: columns setting (`name`), seed, post, change."""
+def change(units: pd.DataFrame, arm: str, metric: str, name: str) -> pd.DataFrame:
+    """`metric` of `arm` at its last step less at its `gold_peak`, test posts, temperature 1: columns setting (`name`),
+    seed, post, change."""
     last = int(units.loc[units["arm"] == arm, "step"].max())
-    before, after = steps or (gold_peak(units, arm), last)
     seeds = sorted(units.loc[units["arm"] == arm, "seed"].unique())
-    wide = [at_steps(units, arm, dict.fromkeys(seeds, step), name).set_index(["setting", "seed", "post"])[metric]
-            for step in (before, after)]
-    return (wide[1] - wide[0]).rename("change").reset_index()
+    keys = ["setting", "seed", "post"]
+    before, after = (at_steps(units, arm, dict.fromkeys(seeds, step), name).set_index(keys)[metric]
+                     for step in (gold_peak(units, arm), last))
+    return (after - before).rename("change").reset_index()
 
 
 def fall_less(units: pd.DataFrame, arm: str, other: str) -> dict:
