@@ -9,7 +9,8 @@ baseline, 16 references a step; `sampling` transformers' `generate` beside ours,
 Lengths `full`: nothing ends a reply before its limit; `natural`: what the model says, with replies cut at the limit
 masked in both. Rounds alternate, the first is left out. seconds: median over rounds with quartiles; ratio: median over
 rounds of theirs / ours. peak_mb: highest resident memory of a process of its own that did two steps. Posts are those
-of --data (any file of pairs), else the simulator's. --growth: grpo's step against K, reply length and post length.
+of --data (any file of pairs), else the simulator's. --growth: grpo's step against K, reply length and post length;
+may be stopped and started again.
 """
 
 import argparse
@@ -203,19 +204,26 @@ def sampling_steps(size, lengths, table, place, folder) -> dict[str, Callable[[]
 
 
 def growth(given: argparse.Namespace, folder: str) -> None:
-    """Step time and memory of stock and ours against K, reply length and post length, full lengths."""
-    place, rows = str(ensure_policy(given.policy)), []
+    """Step time and memory of stock and ours against K, reply length and post length, full lengths.
+
+    A point of this policy that the file has is not timed again. Memory needs no idle machine, so it may come later.
+    """
+    place = str(ensure_policy(given.policy))
+    rows = pd.read_csv(given.growth).to_dict("records") if given.growth.exists() else []
     points = [("replies", (2, value, 32), 0, value) for value in (4, 8, 16, 32)]
     points += [("new tokens", (2, 8, value), 0, value) for value in (16, 32, 64, 128)]
     points += [("words of a post", (2, 8, 32), value, value) for value in (5, 20, 80, 160)]
     for axis, size, words, value in points:
-        table = examples(given.data, words)
-        steps = {kind: stepper(trainer_of(kind, size, "full", table, place, folder)) for kind in ("stock grpo", "grpo")}
         facts = {"policy": given.policy, "axis": axis, "value": value}
-        own = rows_of(in_turn(steps, given.rounds), "stock grpo", facts)
-        for row in own if given.memory else ():
-            row["peak_mb"] = peak_mb(given, row["way"], "x".join(map(str, size)), "full", words)
-        rows += own
+        if not any(row.items() >= facts.items() for row in rows):
+            table = examples(given.data, words)
+            steps = {kind: stepper(trainer_of(kind, size, "full", table, place, folder))
+                     for kind in ("stock grpo", "grpo")}
+            rows += rows_of(in_turn(steps, given.rounds), "stock grpo", facts)
+        write_csv(given.growth, pd.DataFrame(rows))
+        for row in rows if given.memory else ():
+            if row.items() >= facts.items() and pd.isna(row.get("peak_mb")):
+                row["peak_mb"] = peak_mb(given, row["way"], "x".join(map(str, size)), "full", words)
         write_csv(given.growth, pd.DataFrame(rows))
 
 

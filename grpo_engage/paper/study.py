@@ -108,6 +108,7 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "AnswerStopping": sentences.stopping_sentence(checks),
         "AnswerSameTemperature": sentences.same_temperature_sentence(checks),
         "AnswerControl": sentences.control_sentence(checks),
+        "AnswerTerms": sentences.terms_sentence(checks),
         "AnswerKl": sentences.kl_sentence(checks),
         "AnswerParts": sentences.parts_sentence(found["parts"]),
         "AbstractFall": sentences.in_short(sentences.fall_sentence(answers).partition(" from ")[0]),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'named', 'difference', 'listed', 'in_short', 'fall_sentence', 'judges_sentence', 'leads', 'delay_sentence',
            'temperature_sentence', 'both_rules_sentence', 'last_step_sentence', 'proxy_sentence', 'stopping_sentence',
-           'ceiling_sentence', 'same_temperature_sentence', 'control_sentence', 'kl_sentence', 'parts_sentence']
+           'ceiling_sentence', 'same_temperature_sentence', 'control_sentence', 'terms_sentence', 'kl_sentence',
+           'parts_sentence']
 
 # %% ../../nbs/paper/08_study_sentences.ipynb #b31bb240
 from collections.abc import Sequence
@@ -221,6 +222,18 @@ def control_sentence(checks: pd.DataFrame) -> str:
             "the reward")
     return (f"{said}: {_plain(row)} in Pass@10, {row['n_seeds']:.0f} seeds; the baseline trained on has {_plain(more)} "
             "over the baseline.")
+
+
+def terms_sentence(checks: pd.DataFrame) -> str:
+    """Hybrid beside itself without one of its terms (LaTeX)."""
+    rows = _checked(checks, "hybrid without a term", metric="pass@10")
+    if rows.empty:
+        return "Hybrid without its reward, and without its diversity, were not run."
+    without = {"hybrid_no_diversity": "diversity", "hybrid_no_reward": "the reward"}
+    return "In Pass@10 hybrid is ahead of itself " + listed([
+        f"without {without[row['versus']]} by {_plain(row)}"
+        + ("" if row["ci_low"] > 0 else f", which shows no part of {without[row['versus']]} in its lead")
+        for _, row in rows.iterrows()]) + f" ({rows['n_seeds'].max():.0f} seeds)."
 
 
 def kl_sentence(checks: pd.DataFrame) -> str:

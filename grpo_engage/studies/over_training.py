@@ -48,6 +48,7 @@ PRIMARY = {
 SECONDARY = {
     "baseline_long": Setting(Objective(1, 0, 0), "baseline", {"batch_size": 16, "max_steps": MARKS[-1]}),
     "grpo_kl_low": _policy(0, 1, 0, kl_weight=0.02), "grpo_kl_high": _policy(0, 1, 0, kl_weight=0.1),
+    "hybrid_no_diversity": _policy(0.3, 0.5, 0), "hybrid_no_reward": _policy(0.3, 0, 0.2),
     "grpo_diverse": _policy(0, 1, 0.3),
     "hybrid_max_at_10": _policy(0.3, 0.5, 0.2, advantage="max_at_k", max_k=10),
     "max_falling": _policy(0, 1, 0, advantage="max_at_k", max_k=10, max_k_end=1, max_k_steps=MARKS[-1]),
