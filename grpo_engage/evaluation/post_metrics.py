@@ -32,7 +32,9 @@ def in_processes(function: Callable, chunks: Sequence[tuple], n_texts: int, n_jo
     """[function(*chunk) for chunk in chunks], in order; in `n_jobs` processes (None: by `n_texts` and the cores)."""
     if n_jobs is None:
         n_jobs = 1 if n_texts < SMALL else min(cpu_count(), MAX_PROCESSES)
-    results = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(function)(*chunk) for chunk in chunks)
+    # Seconds that an idle process waits for more: a forked process of ours, as in `nbdev_test`, ends when they have.
+    results = Parallel(n_jobs=n_jobs, return_as="generator", idle_worker_timeout=10)(
+        delayed(function)(*chunk) for chunk in chunks)
     return list(progress(results, label, total=len(chunks)))
 
 # %% ../../nbs/evaluation/02_post_metrics.ipynb #c008
