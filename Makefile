@@ -14,8 +14,9 @@ quoted = '$(subst ','\'',$(value $(1)))'
 # extra arguments for the runner, for example ARGS="-p seed=3"
 ARGS ?=
 export PYTHONDONTWRITEBYTECODE := 1
-# OpenMP threads that wait by spinning lose a factor of ten as soon as anything else wants one of two cores.
+# How OpenMP's threads wait: spinning for a tenth of a millisecond, then asleep (nbs/base/07_environment.ipynb).
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: help paper figures run list lab test test-all everything proofs planted export clean-notebooks install hooks docs errors bench clean gpu-check
 
