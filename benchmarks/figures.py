@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
 
 from grpo_engage.base.core import REPO_ROOT, read_json, say
 from grpo_engage.base.plots import savefig, style
@@ -40,6 +42,29 @@ def picture(figure, target: Path) -> None:
         target.write_bytes((Path(folder) / f"{target.stem}.png").read_bytes())
 
 
+def plot_growth(growth: pd.DataFrame) -> Figure:
+    """Seconds and memory of a GRPO step, TRL's beside ours, against what grows: speed.py's --growth, one policy."""
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+    axes_names, measures = list(growth["axis"].unique()), {"seconds": "seconds a step", "peak_gb": "peak memory, GB"}
+    ways = growth["way"].map({"stock grpo": "TRL", "grpo": "ours"})
+    growth = growth.assign(peak_gb=growth["peak_mb"] / 1024, way=ways)
+    grid = figure.subplots(2, len(axes_names), sharex="col", sharey="row")
+    for row, (measure, label) in zip(grid, measures.items(), strict=True):
+        for axes, name in zip(row, axes_names, strict=True):
+            part = growth[growth["axis"] == name]
+            sns.lineplot(part, x="value", y=measure, hue="way", style="way", markers=True, dashes=False, ax=axes,
+                         legend=axes is grid[0, 0])
+            if measure == "seconds":
+                for _, way in part.groupby("way"):
+                    axes.vlines(way["value"], way["seconds_q1"], way["seconds_q3"], color="0.5", linewidth=0.8)
+            values = sorted(part["value"].unique())
+            axes.set(xscale="log", ylabel=label, xlabel=name if measure == "peak_gb" else "", ylim=(0, None))
+            axes.set_xticks(values, [str(value) for value in values])
+            axes.minorticks_off()
+    grid[0, 0].legend(title="")
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=REPO_ROOT)
@@ -59,6 +84,8 @@ def main() -> None:
     picture(plot_temperatures(points), out / "docs" / "figures" / "frontier.png")
     systems = pd.read_csv(REPO_ROOT / "benchmarks" / "judges" / "systems.csv")
     picture(plot_ladder(systems), out / "docs" / "figures" / "ladder.png")
+    growth = pd.read_csv(REPO_ROOT / "benchmarks" / "growth.csv")
+    picture(plot_growth(growth[growth["policy"] == "smollm2-135m"]), out / "docs" / "figures" / "growth.png")
     study = PUBLISHED / "over_training"
     if len(whole_seeds(study / "units")) >= 2:  # intervals cross posts and seeds
         units = read_units(study / "units")

@@ -10,7 +10,8 @@ Lengths `full`: nothing ends a reply before its limit; `natural`: what the model
 masked in both. Rounds alternate, the first is left out. seconds: median over rounds with quartiles; ratio: median over
 rounds of theirs / ours. peak_mb: highest resident memory of a process of its own that did two steps. Posts are those
 of --data (any file of pairs), else the simulator's. --growth: grpo's step against K, reply length and post length;
-may be stopped and started again.
+may be stopped and started again; its memory is of
+one step.
 """
 
 import argparse
@@ -138,10 +139,10 @@ def rows_of(seconds: pd.DataFrame, theirs: str, facts: dict) -> list[dict]:
                      "ratio": ratios[name]} for name in seconds]
 
 
-def peak_mb(given: argparse.Namespace, kind: str, size: str, lengths: str, words: int = 0) -> float:
-    """Highest resident memory of a process that does two steps of `kind`, MB."""
+def peak_mb(given: argparse.Namespace, kind: str, size: str, lengths: str, words: int = 0, steps: int = 2) -> float:
+    """Highest resident memory of a process that does so many steps of `kind`, MB."""
     command = [sys.executable, __file__, "unused", "--policy", given.policy, "--data", given.data, "--alone", kind,
-               "--sizes", size, "--lengths", lengths, "--post-words", str(words)]
+               "--sizes", size, "--lengths", lengths, "--post-words", str(words), "--steps", str(steps)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -149,7 +150,8 @@ def alone(given: argparse.Namespace, folder: str) -> None:
     size = tuple(map(int, given.sizes[0].split("x")))
     step = stepper(trainer_of(given.alone, size, given.lengths[0], examples(given.data, given.post_words),
                               str(ensure_policy(given.policy)), folder))
-    step(), step()
+    for _ in range(given.steps):
+        step()
     print(peak_memory() / 2**20)
 
 
@@ -223,7 +225,7 @@ def growth(given: argparse.Namespace, folder: str) -> None:
         write_csv(given.growth, pd.DataFrame(rows))
         for row in rows if given.memory else ():
             if row.items() >= facts.items() and pd.isna(row.get("peak_mb")):
-                row["peak_mb"] = peak_mb(given, row["way"], "x".join(map(str, size)), "full", words)
+                row["peak_mb"] = peak_mb(given, row["way"], "x".join(map(str, size)), "full", words, steps=1)
         write_csv(given.growth, pd.DataFrame(rows))
 
 
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--growth", type=Path, help="measure growth into this file instead")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--post-words", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     quiet_libraries()
     with tempfile.TemporaryDirectory() as folder:

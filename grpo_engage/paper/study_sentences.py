@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'named', 'difference', 'listed', 'in_short', 'fall_sentence', 'judges_sentence', 'leads', 'delay_sentence',
            'temperature_sentence', 'both_rules_sentence', 'last_step_sentence', 'proxy_sentence', 'stopping_sentence',
            'ceiling_sentence', 'same_temperature_sentence', 'control_sentence', 'terms_sentence', 'kl_sentence',
-           'parts_sentence']
+           'kl_in_short', 'parts_sentence']
 
 # %% ../../nbs/paper/08_study_sentences.ipynb #b31bb240
 from collections.abc import Sequence
@@ -237,14 +237,37 @@ def terms_sentence(checks: pd.DataFrame) -> str:
 
 
 def kl_sentence(checks: pd.DataFrame) -> str:
-    """What gold of grpo does after its peak where a KL term holds it (LaTeX)."""
-    rows = _checked(checks, "with a KL term", metric="gold")
+    """What gold of grpo does after its peak where a KL term holds it, and what its peak is beside grpo's (LaTeX)."""
+    rows, peaks = _checked(checks, "with a KL term", metric="gold"), _checked(checks, "with a KL term, at the peaks")
     if rows.empty:
         return "Arms with a KL term, which were planned for four seeds, were not run."
-    weights = {"grpo_kl_low": ".02", "grpo_kl_high": ".1"}
-    return "With a KL term gold at the last step less at its peak is " + listed([
-        f"{_plain(row)} (weight {weights[row['setting']]}, {row['n_seeds']:.0f} seeds, peak at "
-        f"{row['steps'].split()[0]} steps)" for _, row in rows.iterrows()]) + "."
+    said = []
+    for row in rows.to_dict("records"):
+        peak, last = row["steps"].split()
+        said.append(f"with a KL weight of {_WEIGHTS[row['setting']]} gold " + (
+            f"is highest at the last look, {last} steps" if peak == last else
+            f"at the last step less at its peak ({peak} steps) is {_plain(row)}"))
+        said += [f"each at its own peak it has {with_interval(beside['mean'], None, None, 3)}, less grpo's "
+                 f"{_plain(beside)}" for beside in peaks[peaks["setting"] == row["setting"]].to_dict("records")]
+    text = "; ".join(said)
+    return f"{text[:1].upper()}{text[1:]} ({rows['n_seeds'].max():.0f} seeds)."
+
+
+def kl_in_short(checks: pd.DataFrame) -> str:
+    """With which KL weights gold falls, and with which it does not by the last look (LaTeX; empty where none was run).
+    """
+    rows = _checked(checks, "with a KL term", metric="gold")
+    if rows.empty:
+        return ""
+    held = rows["steps"].map(lambda steps: len(set(steps.split())) == 1)
+    parts = [f"with a KL weight of {listed(rows.loc[which, 'setting'].map(_WEIGHTS).tolist())} it {does}"
+             for which, does in ((rows["ci_high"] < 0, "falls as well"), (held, "does not fall in as many steps"))
+             if which.any()]
+    text = " and ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+_WEIGHTS = {"grpo_kl_low": ".02", "grpo_kl_high": ".1"}
 
 
 def parts_sentence(parts: pd.DataFrame, arm: str = "grpo", first: int = 40, last: int = 160) -> str:

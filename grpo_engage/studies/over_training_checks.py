@@ -142,8 +142,8 @@ FALLING = {"with a KL term": ("grpo_kl_low", "grpo_kl_high"),
 
 def control_checks(folder: Path, control: str = "baseline_long") -> pd.DataFrame:
     """Hybrid beside the baseline that was trained on for as many steps, and beside itself without one of its terms, by
-    both rules, on the seeds that have both; and of the arms FALLING: the fall of gold, and Pass@10 beside the
-    baseline's. No row of what fewer than two seeds have."""
+    both rules, on the seeds that have both; and of the arms FALLING: the fall of gold, Pass@10 beside the
+    baseline's, and gold at the peak beside grpo's at its own. No row of what fewer than two seeds have."""
     rows = []
     if len(whole_seeds(folder, ["hybrid", control])) >= 2:
         units = read_units(folder, ["hybrid", control])
@@ -161,6 +161,8 @@ def control_checks(folder: Path, control: str = "baseline_long") -> pd.DataFrame
             down, lead = fall(units, arm, "gold"), beside_baseline(units, arm)
             rows += [down | {"check": check, "steps": f"{down['peak']} {down['last']}"},
                      lead | {"check": check, "steps": f"{lead['step']}@{lead['temperature']:g}"}]
+        if len(whole_seeds(folder, [arm, "grpo"])) >= 2:
+            rows.append(at_peaks(read_units(folder, [arm, "grpo"]), arm, "grpo") | {"check": f"{check}, at the peaks"})
     return pd.DataFrame(rows).reindex(columns=COLUMNS)
 
 
