@@ -12,7 +12,8 @@ from grpo_engage.paper.published_sources import read_sources
 from grpo_engage.paper.study import RESULTS, read_results
 
 COMMITTED = {Path(path) for path in (
-    "docs/figures/frontier.png", "docs/figures/ladder.png", "docs/figures/over_training.png", "paper/study/main.pdf",
+    "docs/figures/frontier.png", "docs/figures/ladder.png", "docs/figures/growth.png",
+    "docs/figures/over_training.png", "paper/study/main.pdf",
     "outputs/published/over_training/answers.csv", "outputs/published/over_training/means.csv",
     "outputs/published/over_training/checks.csv")}
 

@@ -238,7 +238,8 @@ def terms_sentence(checks: pd.DataFrame) -> str:
 
 def kl_sentence(checks: pd.DataFrame) -> str:
     """What gold of grpo does after its peak where a KL term holds it, and what its peak is beside grpo's (LaTeX)."""
-    rows, peaks = _checked(checks, "with a KL term", metric="gold"), _checked(checks, "with a KL term, at the peaks")
+    rows, passes = (_checked(checks, "with a KL term", metric=metric) for metric in ("gold", "pass@10"))
+    peaks = _checked(checks, "with a KL term, at the peaks")
     if rows.empty:
         return "Arms with a KL term, which were planned for four seeds, were not run."
     said = []
@@ -249,6 +250,9 @@ def kl_sentence(checks: pd.DataFrame) -> str:
             f"at the last step less at its peak ({peak} steps) is {_plain(row)}"))
         said += [f"each at its own peak it has {with_interval(beside['mean'], None, None, 3)}, less grpo's "
                  f"{_plain(beside)}" for beside in peaks[peaks["setting"] == row["setting"]].to_dict("records")]
+        said += [f"its Pass@10 is best at {look.replace('@', ' steps and temperature ')}, less the baseline's best "
+                 f"{_plain(best)}" for best in passes[passes["setting"] == row["setting"]].to_dict("records")
+                 for look in [best["steps"]]]
     text = "; ".join(said)
     return f"{text[:1].upper()}{text[1:]} ({rows['n_seeds'].max():.0f} seeds)."
 
