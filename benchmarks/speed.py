@@ -9,9 +9,8 @@ baseline, 16 references a step; `sampling` transformers' `generate` beside ours,
 Lengths `full`: nothing ends a reply before its limit; `natural`: what the model says, with replies cut at the limit
 masked in both. Rounds alternate, the first is left out. seconds: median over rounds with quartiles; ratio: median over
 rounds of theirs / ours. peak_mb: highest resident memory of a process of its own that did two steps. Posts are those
-of --data (any file of pairs), else the simulator's. --growth: grpo's step against K, reply length and post length;
-may be stopped and started again; its memory is of
-one step.
+of --data (any file of pairs), else the simulator's. --growth: grpo's step against K, reply length and post length; may
+be stopped and started again, and its memory is that of one step.
 """
 
 import argparse
