@@ -1,6 +1,9 @@
 """Advantages, losses, resuming and failures of the two training functions; the arms and the pilot's verdict."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -11,7 +14,7 @@ from training import make_grpo_trainer, train_grpo, train_supervised
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from grpo_engage.base.core import file_sha256
+from grpo_engage.base.core import REPO_ROOT, file_sha256
 from grpo_engage.policy.sampling import load_policy, reply_nll
 from grpo_engage.train.advantages import group_advantage, less_other_groups
 from grpo_engage.train.arm_training import largest_divisor
@@ -256,3 +259,30 @@ def test_pilot_verdict_tells_apart():
     assert verdict["text"].startswith("Is the loss falling? Yes")
     wrong = pilot_verdict(falling.assign(loss=-falling["loss"]))
     assert wrong["loss_falling"]["answer"] == "no, it moves the wrong way"
+
+
+TWICE = """
+import sys
+from pathlib import Path
+from grpo_engage.base.core import file_sha256
+from grpo_engage.data.simulator import simulate_pairs
+from grpo_engage.policy.base_models import ensure_policy
+from training import train_grpo
+folder, posts = Path(sys.argv[1]), simulate_pairs(40, seed=3)["tweet"]
+for name in "ab":
+    train_grpo(ensure_policy("nano"), posts, lambda posts, texts: [-len(text) for text in texts], folder / name,
+               reward_id="short", max_steps=4, learning_rate=1e-3, posts_per_step=4, num_generations=8,
+               max_new_tokens=24)
+assert file_sha256(folder / "a" / "adapter") == file_sha256(folder / "b" / "adapter"), "not the same bytes"
+"""
+
+
+def test_two_threads_give_the_same_bytes_again(tmp_path):
+    """The gradient of an indexing adds floats in the order in which threads come, unless it is told not to.
+
+    In a process of its own: how many threads there are is read when torch is loaded.
+    """
+    done = subprocess.run([sys.executable, "-c", TWICE, str(tmp_path)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": f"{REPO_ROOT}{os.pathsep}"
+                                            f"{REPO_ROOT / 'tests'}"})
+    assert done.returncode == 0, done.stderr[-500:]

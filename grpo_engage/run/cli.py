@@ -163,7 +163,8 @@ def _run(args: argparse.Namespace) -> int:
         targets = [target] if target != "train" else [
             f"train/{arm}/seed{seed}/{STAMP}" for arm in config["arms"] for seed in config["seeds"]]
         code, said = snakemake(run_dir, path, targets, lock, dry_run=args.dry_run, words=words,
-                               cores=args.cores or 0, here=here)
+                               cores=args.cores or 0, here=here,
+                               ahead=target != "data" and len(found) - len(done) > 1)
         if code == 0 and args.publish and not args.dry_run:
             _publish(run_dir)
     if args.dry_run:

@@ -22,6 +22,8 @@ from jupyter_client.kernelspec import KernelSpec
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
+from .kernels import kernel_command
+
 # %% ../../nbs/run/07_execution.ipynb #c010-1
 class NotebookFailure(RuntimeError):
     """A notebook that did not finish. The message says stage, cell, cause and where the partial notebook is."""
@@ -50,7 +52,7 @@ class ThisInterpreter(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict())
+        return KernelSpec(**get_kernel_dict() | {"argv": kernel_command()})
 
 # %% ../../nbs/run/07_execution.ipynb #c010
 def _first_line(source: str) -> str:

@@ -25,6 +25,7 @@ from ..base.environment import own_environment, usable_cores
 from .cores import job_threads
 from .costs import Spent
 from .graph import stage_folder
+from .kernels import Kernels
 from .runner import LIBRARIES, failure_message
 
 # %% ../../nbs/run/11_measuring.ipynb #c005
@@ -80,17 +81,20 @@ def measured(what: str, function: Callable, *arguments: object, threads: int = 0
     return spent, found
 
 # %% ../../nbs/run/11_measuring.ipynb #c010
-def started_job(run_dir: Path, stage: str, arm: str = "", seed: int | None = None) -> tuple[Spent, Spent]:
+def started_job(run_dir: Path, stage: str, arm: str = "", seed: int | None = None,
+                kernels: Kernels | None = None) -> tuple[Spent, Spent]:
     """Do a job of the run in `run_dir` in a process and a kernel of their own, with the threads that it has in a run:
-    what its start took, and its stage.
+    what its start took, and its stage. kernels: where it finds one that has its libraries, as a job of a run does.
 
     Raises: RuntimeError with the job's own error.
     """
+    kernels = kernels or Kernels()
     words = ["--arm", arm, "--seed", str(seed)] if arm else []
     (run_dir / LIBRARIES / "temporary").mkdir(parents=True, exist_ok=True)  # what libraries leave goes with the folder
     environment = own_environment(run_dir / LIBRARIES) | {"TMPDIR": str(run_dir / LIBRARIES / "temporary")}
     environment["OMP_NUM_THREADS"] = str(job_threads(read_json(run_dir / "config.json"), stage, usable_cores()))
-    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment |= kernels.environment
+    begun, before, forked = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN), kernels.cpu_seconds()
     done = subprocess.run([sys.executable, "-m", "grpo_engage", "job", stage, *words], cwd=run_dir, text=True,
                           capture_output=True, env=environment, stdin=subprocess.DEVNULL)
     wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -99,7 +103,7 @@ def started_job(run_dir: Path, stage: str, arm: str = "", seed: int | None = Non
         raise RuntimeError(f"the trial of {said.partition('  partial notebook: ')[0].strip()}")
     facts = read_json(stage_folder(run_dir, stage, arm, seed) / "manifest.json")
     own = Spent(facts["wall_seconds"], facts["cpu_seconds"], facts["peak_memory"])
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime + kernels.cpu_seconds() - forked
     return Spent(max(0.0, wall - own.wall), max(0.0, cpu - own.cpu)), own
 
 # %% ../../nbs/run/11_measuring.ipynb #c018

@@ -7,6 +7,7 @@ __all__ = ['LIBRARIES', 'stale_modules', 'refuse_stale_modules', 'remove_results
            'snakemake', 'executor_logs', 'failure_message', 'listed_verdicts']
 
 # %% ../../nbs/run/01_runner.ipynb #c002
+import contextlib
 import itertools
 import json
 import os
@@ -35,6 +36,7 @@ from grpo_engage.run.graph import (
     run_content,
     stage_folder,
 )
+from .kernels import Kernels, kernels_ahead
 from .settings import notebook_of
 from .study import refuse_changed_cells
 
@@ -161,13 +163,14 @@ LIBRARIES = ".libraries"  # what Snakemake, Jupyter and matplotlib keep for a ru
 
 def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *, only: str = "",
               dry_run: bool = False, words: Sequence[str] = (), cores: int = 0,
-              here: bool = True) -> tuple[int, str]:
+              here: bool = True, ahead: bool = False) -> tuple[int, str]:
     """Run the graph in `run_dir` with the settings of `config` up to `targets` (rules or files); returns Snakemake's
     exit code and what was added to snakemake.log.
 
     `only` names the single rule that may run: what it needs must be there already. `words` are further options; a
     profile counts only where they name it, whatever the user's other work has. `cores` (0: those of this machine) are
     the cores of the run, or of a job where the jobs run elsewhere; `here`: they run on this machine, and end with us.
+    `ahead`: then their libraries are loaded once for all of them (`run/34_kernels`).
     """
     cores = cores or usable_cores()
     command = [sys.executable, "-m", "snakemake", *words, "--snakefile", str(source_file("Snakefile")), "--nocolor",
@@ -185,8 +188,11 @@ def snakemake(run_dir: Path, config: Path, targets: Sequence[str], lock: int, *,
         start = log.seek(0, os.SEEK_END)
 
         how = ["--dry-run", "--quiet", "host", "progress"] if dry_run else ["--allowed-rules", only] if only else []
-        done = subprocess.run([*command, *how, "--", *targets], stderr=log, stdin=subprocess.DEVNULL,
-                              pass_fds=(lock,), env=environment, cwd=run_dir)  # a scheduler begins its jobs here
+        ahead = ahead and here and not dry_run
+        with (kernels_ahead(environment, run_dir / LIBRARIES / "kernels.log") if ahead else
+              contextlib.nullcontext(Kernels())) as kernels:  # a scheduler begins its jobs in the current folder
+            done = subprocess.run([*command, *how, "--", *targets], stderr=log, stdin=subprocess.DEVNULL,
+                                  pass_fds=(lock,), env=environment | kernels.environment, cwd=run_dir)
         log.seek(start)
         return done.returncode, log.read()
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.core import child_seed, read_json, say, stage_manifest, write_json, write_parquet
-from ..base.environment import usable_cores
+from ..base.environment import own_environment, usable_cores
 from ..evaluation.evaluation import choose_posts, posts_with_replies, score_generations
 from ..evaluation.generation import COLUMNS, plan_jobs
 from ..evaluation.settings import EvaluationSampling, EvaluationSettings
@@ -27,7 +27,9 @@ from .cores import job_threads
 from .costs import Counts, Price, Spent, drivers, fitted, judge_sequences, reading_work
 from .demonstration import run_stage_function
 from .graph import Job, job_parameters, jobs, stage_folder
+from .kernels import Kernels, kernels_ahead
 from .measuring import ENOUGH_SECONDS, StepClock, measured, now, started_job
+from .runner import LIBRARIES
 from ..train.loop import kept_marks
 from ..train.settings import TrainSettings
 
@@ -246,7 +248,7 @@ def scoring_price(run_dir: Path, config: Mapping) -> Price:
     return fitted(trials)
 
 # %% ../../nbs/run/12_trial.ipynb #c030
-def start_of_training(run_dir: Path, config: Mapping) -> Spent:
+def start_of_training(run_dir: Path, config: Mapping, kernels: Kernels) -> Spent:
     """What starting a training job takes, in the run `run_dir`: one of a single step, which is removed again."""
     arm = next(arm for arm in config["arms"] if _start_of(config, arm) == "base")
     short = config["stages"]["train"][arm] | {"max_steps": 1, "watch_every": 0, "validation_replies": 1, "marks": [],
@@ -254,7 +256,7 @@ def start_of_training(run_dir: Path, config: Mapping) -> Spent:
     write_json(run_dir / "config.json", config | {
         "stages": config["stages"] | {"train": config["stages"]["train"] | {arm: short}}})
     say("trial: the start of a training job")
-    start, _ = started_job(run_dir, "train", arm, config["seeds"][0])
+    start, _ = started_job(run_dir, "train", arm, config["seeds"][0], kernels)
     shutil.rmtree(run_dir / "train")
     write_json(run_dir / "config.json", config)
     return start
@@ -286,10 +288,12 @@ def tried_run(config: Mapping, place: Path) -> tuple[dict[Job, Price], Counts]:
     light, data = started_job(place / "full", "data")
     pairs = pd.read_parquet(place / "full" / "data" / "pairs.parquet")
     prices, run_dir = reading_prices(place / "full", place, config, pairs)
-    say("trial: policy")
-    heavy, policy = started_job(run_dir, "policy")
+    with kernels_ahead(own_environment(place / LIBRARIES), place / "kernels.log") as kernels:  # as a run has them
+        kernels.wait_until_loaded()
+        say("trial: policy")
+        heavy, policy = started_job(run_dir, "policy", kernels=kernels)
+        starts = {"data": light, "paper": light, "train": start_of_training(run_dir, config, kernels)}
     prices |= {"data": {"job": data}, "policy": {"job": policy}, "best_of_n": best_of_n_price(run_dir, config)}
-    starts = {"data": light, "paper": light, "train": start_of_training(run_dir, config)}
     arms = training_prices(run_dir, config)
     prices |= {"evaluation": evaluation_price(run_dir, config),
                "paper": {"job": tried_stage(run_dir, config, "paper")}}

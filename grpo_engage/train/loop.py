@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['LOG_COLUMNS', 'MARKS', 'lora_config', 'EpochSampler', 'WarnOfTrouble', 'prepare_checkpoints', 'tidy_log', 'no_reward',
-           'drop_rewards', 'named_metrics', 'save_adapter', 'save_trained', 'KeepMarks', 'kept_marks', 'run_trainer']
+           'drop_rewards', 'named_metrics', 'save_adapter', 'save_trained', 'KeepMarks', 'kept_marks',
+           'sums_in_one_order', 'run_trainer']
 
 # %% ../../nbs/train/02_loop.ipynb #c002
+import contextlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -219,6 +221,24 @@ def kept_marks(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (Path(folder) / MARKS).glob("*") if path.name.isdigit())
 
 # %% ../../nbs/train/02_loop.ipynb #c063
+@contextlib.contextmanager
+def sums_in_one_order(device: torch.device) -> Iterator[None]:
+    """On a CPU: sums of floats in the same order each time, also with several threads.
+
+    On a GPU nothing is asked for: there it would exclude fast kernels and need settings from before the process began.
+    """
+    before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+              torch.utils.deterministic.fill_uninitialized_memory)
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True, warn_only=True)  # a model may have an operation without such a form
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a help for debugging, at a price
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+
+
 def run_trainer(trainer: Trainer, folder: Path, resume_from: str | None, base_name: str,
                 keep_checkpoints: bool = False) -> pd.DataFrame:
     """Train, going on from `resume_from`; leave `folder`/adapter and `folder`/train_log.csv; return the log.
@@ -228,7 +248,7 @@ def run_trainer(trainer: Trainer, folder: Path, resume_from: str | None, base_na
     """
     folder, accelerator = Path(folder), trainer.accelerator
     trainer.remove_callback(PrinterCallback)  # prints every step
-    with explained_writing(folder):
+    with explained_writing(folder), sums_in_one_order(accelerator.device):
         trainer.train(resume_from_checkpoint=resume_from)
         log = tidy_log(trainer.state.log_history)
         save_trained(trainer, folder / "adapter", base_name)
