@@ -17,7 +17,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 
 from ..base.core import peak_memory, read_json
@@ -25,7 +24,7 @@ from ..base.environment import own_environment, usable_cores
 from .cores import job_threads
 from .costs import Spent
 from .graph import stage_folder
-from .kernels import Kernels
+from .kernels import Kernels, use_threads
 from .runner import LIBRARIES, failure_message
 
 # %% ../../nbs/run/11_measuring.ipynb #c005
@@ -40,7 +39,7 @@ def now() -> np.ndarray:
 
 def _answer(sender, function: Callable, arguments: tuple, threads: int) -> None:
     if threads:
-        torch.set_num_threads(threads)
+        use_threads(threads)
     start = now()
     try:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
@@ -54,7 +53,7 @@ def _answer(sender, function: Callable, arguments: tuple, threads: int) -> None:
 def measured(what: str, function: Callable, *arguments: object, threads: int = 0) -> tuple[Spent, object]:
     """What `function(*arguments)`, called in a process of its own, took, and what it returned.
 
-    what: names it; threads: torch's in that process, 0 for all. Raises: ValueError or RuntimeError with its error, and
+    what: names it; threads: in that process, 0 for all. Raises: ValueError or RuntimeError with its error, and
     RuntimeError where the process died.
     """
     context = get_context("forkserver")
