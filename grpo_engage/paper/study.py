@@ -112,6 +112,7 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "AnswerKl": sentences.kl_sentence(checks),
         "AnswerParts": sentences.parts_sentence(found["parts"]),
         "AbstractKl": sentences.kl_in_short(checks),
+        "AbstractTerms": sentences.terms_in_short(checks),
         "AbstractFall": sentences.in_short(sentences.fall_sentence(answers).partition(" from ")[0]),
         "AbstractProxy": sentences.in_short(sentences.proxy_sentence(checks)),
         "AbstractStopping": sentences.in_short(sentences.stopping_sentence(checks)),

@@ -141,7 +141,9 @@ def _sampled(model, prompts, ends, max_new_tokens, temperature, top_p, padding):
             cache.batch_select_indices(goes_on)
             mask, places, rows, tokens = (table[goes_on] for table in (mask, places, rows, tokens))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        output = model.base_model(input_ids=tokens[:, None], attention_mask=mask, position_ids=places[:, None],
+        # one token sees all before it: transformers would work out as much, layer masks and all, for every token
+        seen = mask[:, None, None].bool() if model.config._attn_implementation == "sdpa" else mask
+        output = model.base_model(input_ids=tokens[:, None], attention_mask=seen, position_ids=places[:, None],
                                   past_key_values=cache, use_cache=True)
         states, places = output.last_hidden_state[:, -1], places + 1
     return [[token for token in row if token >= 0] for row in drawn.tolist()], sums.cpu()
