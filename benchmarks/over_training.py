@@ -28,6 +28,7 @@ from grpo_engage.data.pairs import load_pairs
 from grpo_engage.policy.base_models import quiet_libraries
 from grpo_engage.studies.over_training import (
     PRIMARY,
+    SAMPLED,
     SECONDARY,
     World,
     freeze_marks,
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("world", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8)))
-    parser.add_argument("--arms", nargs="+", default=list(PRIMARY), choices=list(PRIMARY | SECONDARY))
+    parser.add_argument("--arms", nargs="+", default=list(PRIMARY), choices=list(PRIMARY | SECONDARY | SAMPLED))
     parser.add_argument("--secondary", action="store_true", help="the secondary arms in place of --arms")
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()

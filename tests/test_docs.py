@@ -177,6 +177,12 @@ def test_numbers_of_the_readme_are_those_of_committed_tables():
         said = f"{short(row['difference'])} [{short(row['low'])}, {short(row['high'])}]"
         assert said in readme, (row.name, said)
     assert (primary.loc[["grpo_max", "grpo"], "p_holm"] < 0.001).all() and "both p < .001 after Holm" in readme
+    checks = pd.read_csv(REPO_ROOT / "outputs/published/over_training/checks.csv")
+    checks = checks[(checks["metric"] == "pass@10") & (checks["setting"] == "hybrid")].set_index("versus")
+    for name in ("baseline_long", "hybrid_no_reward", "hybrid_no_diversity"):
+        row = checks.loc[name]
+        said = f"{short(row['difference'])} [{short(row['ci_low'])}, {short(row['ci_high'])}]"
+        assert said in readme, (name, said)
     ladder = pd.read_csv(REPO_ROOT / "benchmarks/judges/ladder.csv", index_col="rung")
     assert f"Over {ladder.loc['judge', 'n_systems']:.0f} systems" in readme
     for rung in ("judge", "twin", "length"):

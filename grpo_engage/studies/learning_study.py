@@ -129,19 +129,20 @@ def _merged(base: Path, adapter: Path | None) -> tuple:
 
 def sample_setting(base: Path, adapter: Path | None, start: Path | None, posts: pd.DataFrame, reward: Callable,
                    truth: Callable, n_samples: int, seed: int, max_new_tokens: int = 28, temperature: float = 1.0,
-                   judges: Mapping[str, Scorer] | None = None) -> pd.DataFrame:
+                   judges: Mapping[str, Scorer] | None = None, choose: Callable | None = None) -> pd.DataFrame:
     """Replies of one adapter with what is known of each: columns post, sample, text, those of `score_replies` (judge,
     gold, guard_*, rouge_l and more), reward and kl.
 
     posts: columns post, tweet and replies (lists of real ones). truth: of the run, see `gold_of`; it is the judge too,
     as in the evaluation of such a run. start: adapter that `kl` (nats) is taken to, None for the base, and only of
     samples 0 to 3 (its mean needs few) at temperature 1, NaN at others. judges: more scorers, each a column. `seed`
-    decides the draws.
+    decides the draws. choose: which of the replies that were drawn are scored (a table with post, sample, text).
     """
     model, tokenizer = _merged(base, adapter)
     reference, _ = _merged(base, start)
     made = generate_replies(model, tokenizer, posts["tweet"].tolist(), n_samples, seed=seed, batch_size=256,
                             max_new_tokens=max_new_tokens, temperature=temperature)
+    made = choose(made) if choose else made
     post_texts, texts = posts["tweet"].to_numpy()[made["post"]].tolist(), made["text"].tolist()
     few = np.flatnonzero((made["sample"] < 4) & (temperature == 1))
     kl = np.full(len(made), np.nan)
