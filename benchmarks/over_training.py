@@ -9,9 +9,9 @@ WORLD is a run of preset `judges` up to reward_model, and policy:
 Units, an arm with a seed, are done in the order of the seeds, so that whole seeds come first; each leaves
 OUT/units/<arm>-seed<seed>.csv, and one whose file is there is not done again. The pass mark is frozen in
 OUT/pass.json when the baselines of all seeds have been sampled; what a unit took (CPU minutes) is in
-OUT/cost.csv. Replies and adapters stay in OUT/work. Only OUT/parts.csv needs them afterwards (what gold is made of, on
-seeds of which the replies of all primary arms are there); to go on with other arms without them, the baselines are
-trained again.
+OUT/cost.csv. Replies and adapters stay in OUT/work. Only OUT/parts.csv (what gold is made of) and OUT/marks.csv (the
+leads at other pass marks) need them afterwards, on seeds of which the replies of all primary arms are there; to go on
+with other arms without them, the baselines are trained again.
 """
 
 import argparse
@@ -37,7 +37,9 @@ from grpo_engage.studies.over_training import (
     world_in,
     write_unit,
 )
+from grpo_engage.studies.over_training_answers import ARMS
 from grpo_engage.studies.over_training_checks import parts_of_units
+from grpo_engage.studies.over_training_marks import leads_at_marks, looks_at_marks, seeds_with_replies
 
 
 def ready(run: Path) -> World:
@@ -88,6 +90,8 @@ def main() -> None:
         say(f"{spent['arm']} seed {spent['seed']}: {number} of {len(units)} units, {spent['minutes']} CPU minutes")
     posts = load_pairs(given.world).drop_duplicates("conversation_id").set_index("conversation_id")["tweet"]
     write_csv(given.out / "parts.csv", parts_of_units(given.out, posts).round(5))
+    if seeds_with_replies(given.out, ["baseline", *ARMS]):
+        write_csv(given.out / "marks.csv", leads_at_marks(looks_at_marks(given.out)).round(4))
 
 
 if __name__ == "__main__":

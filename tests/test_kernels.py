@@ -35,7 +35,7 @@ def outputs(folder, code, label="stage example"):
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory):
     log = tmp_path_factory.mktemp("log") / "kernels.log"
-    with kernels_ahead({**os.environ, KERNELS: ""}, log) as found:
+    with kernels_ahead({**os.environ, KERNELS: "", "OMP_NUM_THREADS": "2"}, log) as found:  # jobs ask for others
         found.wait_until_loaded()
         if found.process is None or found.process.poll() is not None:
             pytest.skip(f"no kernels ahead here: {log.read_text()}")

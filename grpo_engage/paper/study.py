@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from ..base.core import read_json
 from ..base.plots import savefig
 from ..evaluation.safety_change import worst_states
+from . import control_sentences as controls
 from . import study_sentences as sentences
 from . import study_tables as tables
 from .exhibits import number
@@ -28,6 +29,7 @@ RESULTS = {
     "answers": "outputs/published/over_training/answers.csv",
     "checks": "outputs/published/over_training/checks.csv",
     "parts": "outputs/published/over_training/parts.csv",
+    "marks": "outputs/published/over_training/marks.csv",
     "pass_mark": "outputs/published/over_training/pass.json",
     "units": "outputs/published/over_training/cost.csv",
     "world": "outputs/published/over_training/world.csv",
@@ -111,6 +113,11 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "AnswerTerms": sentences.terms_sentence(checks),
         "AnswerKl": sentences.kl_sentence(checks),
         "AnswerParts": sentences.parts_sentence(found["parts"]),
+        "AnswerMarks": controls.marks_sentence(found["marks"]),
+        "AnswerWays": controls.ways_sentence(checks),
+        "AnswerEarly": controls.early_sentence(checks),
+        "AnswerLonger": controls.longer_sentence(checks),
+        "AnswerLater": controls.later_sentence(checks),
         "AbstractKl": sentences.kl_in_short(checks),
         "AbstractTerms": sentences.terms_in_short(checks),
         "AbstractFall": sentences.in_short(sentences.fall_sentence(answers).partition(" from ")[0]),

@@ -232,13 +232,13 @@ def terms_sentence(checks: pd.DataFrame) -> str:
     rows = _checked(checks, "hybrid without a term", metric="pass@10")
     if rows.empty:
         return "Hybrid without its reward, and without its diversity, were not run."
-    said = [f"less that of hybrid without {_TERMS[row['versus']]} {_plain(row)}"
+    said = [f"less that of hybrid without {_TERMS[row['versus']]} it is {_plain(row)}"
             + ("" if row["ci_low"] > 0 else f", which shows no part of {_TERMS[row['versus']]} in its lead")
             for row in rows.to_dict("records")]
-    for row in _checked(checks, "other arms", metric="gold").to_dict("records"):
-        if row["setting"] in _TERMS and row["ci_high"] >= 0:
-            said.append(f"without {_TERMS[row['setting']]} no fall of gold is shown")
-    return f"Hybrid's Pass@10 is {'; '.join(said)} ({rows['n_seeds'].max():.0f} seeds)."
+    gold = _checked(checks, "other arms", metric="gold").set_index("setting")["ci_high"]
+    held = [f"without {name}" for arm, name in _TERMS.items() if arm in gold and gold[arm] >= 0]
+    falls = f" No fall of gold is shown {listed(held)}." if held else ""
+    return f"Hybrid's Pass@10: {'; '.join(said)} ({rows['n_seeds'].max():.0f} seeds).{falls}"
 
 
 def terms_in_short(checks: pd.DataFrame) -> str:

@@ -51,7 +51,7 @@ def _end_with(asker: socket.socket) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../../nbs/run/34_kernels.ipynb #k004a
 def use_threads(n: int) -> None:
     """Let loaded libraries use `n` threads: OpenMP and BLAS read OMP_NUM_THREADS only while they are loaded. What asks
     later how many cores it may use (`base/07_environment`), and child processes, are told too."""
@@ -62,7 +62,7 @@ def use_threads(n: int) -> None:
     threadpoolctl.threadpool_limits(n)
     torch.set_num_threads(n)
 
-
+# %% ../../nbs/run/34_kernels.ipynb #k004c
 class _Fork(socketserver.BaseRequestHandler):
     """In the forked process: become the kernel that was asked for."""
 
@@ -146,7 +146,7 @@ def _ask(folder: str, words: list[str]) -> tuple[int, io.TextIOWrapper] | None:
     finally:
         os.chdir(here)
 
-
+# %% ../../nbs/run/34_kernels.ipynb #k009a
 def kernel(words: list[str]) -> int:
     """Be a kernel with the `words` of ipykernel's command line: a forked one where there is one to be had. Returns the
     exit code."""
@@ -195,7 +195,7 @@ class Kernels:
             time.sleep(0.05)
         return server.cpu_times().children_user + server.cpu_times().children_system
 
-
+# %% ../../nbs/run/34_kernels.ipynb #k008b
 @contextmanager
 def kernels_ahead(environment: Mapping[str, str], log: Path) -> Iterator[Kernels]:
     """A process that has loaded the libraries meanwhile.

@@ -60,6 +60,8 @@ SECONDARY = {
     "rejection": Setting(Objective(1, 0, 0), "baseline", {"batch_size": 16, "max_steps": 80}),  # on its own best
     "grpo_320": _policy(0, 1, 0, max_steps=320), "hybrid_320": _policy(0.3, 0.5, 0.2, max_steps=320)}
 SETTINGS = PRIMARY | SECONDARY
+
+# %% ../../nbs/studies/02_over_training.ipynb #sam1
 OWN_SAMPLES, OWN_KEPT = 16, 4  # of the warm start's replies to a post, those that `rejection` imitates
 # Nothing is trained: name -> (whose adapters, best of how many by the reward, the looks).
 SAMPLED = {
@@ -67,7 +69,7 @@ SAMPLED = {
     **{f"{arm}_early": (arm, 1, [(step, temperature) for step in MARKS[:3] for temperature in (0.5, 0.7, 0.85)])
        for arm in ("grpo", "max_at_10")}}
 
-
+# %% ../../nbs/studies/02_over_training.ipynb #sam2
 def samplings(name: str) -> list[tuple[int, float]]:
     """(step, temperature) at which the arm is sampled: every mark at temperature 1, the last at all; an arm of fewer
     steps, like the baseline, at its own last step; an arm of SAMPLED as it says."""
@@ -127,7 +129,7 @@ def own_best(adapter: Path, seed: int, world: World) -> pd.DataFrame:
     best = best_replies(drawn.assign(reward=scores), OWN_KEPT)
     return pd.DataFrame({"tweet": tweets.to_numpy()[best["post"]], "reply": best["text"]})
 
-
+# %% ../../nbs/studies/02_over_training.ipynb #rej2
 def train_unit(name: str, seed: int, out: Path, world: World, setting: Setting | None = None) -> Path:
     """Train arm `name` with `seed` unless that was done; its folder out/work/<name>/seed<seed>, with adapters in
     step<n>."""
@@ -148,7 +150,7 @@ def train_unit(name: str, seed: int, out: Path, world: World, setting: Setting |
               callbacks=[KeepAdapters(folder, {step for step, _ in samplings(name)})], **alike | dict(setting.options))
     return folder
 
-
+# %% ../../nbs/studies/02_over_training.ipynb #rej3
 def best_by_reward(made: pd.DataFrame, tweets: np.ndarray, reward: Callable, n: int) -> pd.DataFrame:
     """Of each `n` samples of a post, in their order, the one with the highest reward (of equal ones the first);
     `sample` counts anew. made: columns post (a place in `tweets`), sample, text and others."""
@@ -156,7 +158,7 @@ def best_by_reward(made: pd.DataFrame, tweets: np.ndarray, reward: Callable, n: 
     best = scored.groupby(["post", "sample"])["score"].idxmax()
     return scored.loc[best].drop(columns="score").reset_index(drop=True)
 
-
+# %% ../../nbs/studies/02_over_training.ipynb #rej5
 def sample_unit(name: str, seed: int, out: Path, world: World, n_samples: int = 32) -> list[Path]:
     """Sample and score a trained unit, or one of SAMPLED; one parquet of replies for each split, step and temperature,
     not done twice."""

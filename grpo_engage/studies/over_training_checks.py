@@ -137,7 +137,8 @@ def checks(units: pd.DataFrame, judges: Sequence[str] = JUDGES, arms: Sequence[s
 
 
 FALLING = {"with a KL term": ("grpo_kl_low", "grpo_kl_high"),
-           "other arms": ("grpo_diverse", "hybrid_max_at_10", "max_falling", "hybrid_no_diversity", "hybrid_no_reward")}
+           "other arms": ("grpo_diverse", "hybrid_max_at_10", "max_falling", "hybrid_no_diversity", "hybrid_no_reward"),
+           "twice the steps": ("grpo_320", "hybrid_320")}
 
 
 OTHER_WAYS = ("polychromic", "rejection", "best_of_8")  # looked at once, at their end

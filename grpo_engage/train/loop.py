@@ -238,7 +238,7 @@ def sums_in_one_order(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
-
+# %% ../../nbs/train/02_loop.ipynb #c082
 def run_trainer(trainer: Trainer, folder: Path, resume_from: str | None, base_name: str,
                 keep_checkpoints: bool = False) -> pd.DataFrame:
     """Train, going on from `resume_from`; leave `folder`/adapter and `folder`/train_log.csv; return the log.
