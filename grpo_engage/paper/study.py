@@ -74,6 +74,7 @@ def study_tables(found: Mapping[str, pd.DataFrame], sources: Mapping[str, dict])
         "stopping": tables.stopping_table(found["checks"]),
         "judges": tables.judges_table(answers, ladder),
         "delay": tables.delay_table(answers),
+        "later": tables.later_table(found["checks"]),
         "temperature": tables.temperature_table(answers),
         "systems": tables.systems_table(found["primary"], found["frontier"], safety),
         "ladder": tables.ladder_table(ladder, found["judged_systems"]),
