@@ -90,8 +90,8 @@ def later_sentence(checks: pd.DataFrame) -> str:
         return "The arms that were planned for four seeds were not run."
     down = rows["ci_high"] < 0
     last = rows["steps"].str.split().map(lambda steps: steps[0] == steps[1])
-    return (f"Of {len(rows)} arms that were planned for fewer seeds (Table~\\ref{{tab:later}}) gold falls from its peak "
-            f"in {down.sum()} and is highest at the last look in {last.sum()} ({rows['n_seeds'].max():.0f} seeds).")
+    return (f"Of {len(rows)} arms that were planned for fewer seeds (Table~\\ref{{tab:later}}) gold falls from its "
+            f"peak in {down.sum()} and is highest at the last look in {last.sum()} ({rows['n_seeds'].max():.0f} seeds).")
 
 # %% ../../nbs/paper/11_control_sentences.ipynb #c010
 def second_truth_sentence(answers: pd.DataFrame) -> str:
