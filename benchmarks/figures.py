@@ -92,6 +92,9 @@ def main() -> None:
         write_answers(units, out / "outputs" / "published" / "over_training")
         write_checks(study / "units", out / "outputs" / "published" / "over_training")
         picture(plot_over_training(units), out / "docs" / "figures" / "over_training.png")
+        second, arms = PUBLISHED / "over_training_second", ("grpo", "hybrid")  # another formula is the truth
+        write_answers(read_units(second / "units", arms), out / "outputs" / "published" / second.name,
+                      at_distance=False)
         build_study(REPO_ROOT, out / "paper" / "study", {"frontier": plot_temperatures(points),
                                                          "over_training": plot_over_training(units)})
     say(f"figures and tables are in {out}")

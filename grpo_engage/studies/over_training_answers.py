@@ -119,14 +119,15 @@ def _family(rows: list[dict], question: str, tested: Sequence[str] | None = None
     return table
 
 
-def answers(units: pd.DataFrame, judges: Sequence[str] = JUDGES) -> pd.DataFrame:
+def answers(units: pd.DataFrame, judges: Sequence[str] = JUDGES, at_distance: bool = True) -> pd.DataFrame:
     """The table of all five questions; columns COLUMNS, missing where a question has no such thing. judges: columns of
-    the judges that are asked, the least independent first. p_holm is NaN outside a question's family."""
+    the judges that are asked, the least independent first; at_distance: the third question is asked. p_holm is NaN
+    outside a question's family."""
     arms = [arm for arm in units["arm"].unique() if arm != "baseline"]
     tested = [arm for arm in RIVALS if arm in arms]
     parts = [_family([fall(units, arm, "gold") for arm in arms], "1 gold falls", ["grpo"]),
              _family([fall(units, "grpo", judge) for judge in judges], "2 a judge sees it")]
-    if tested:
+    if tested and at_distance:
         parts.append(_family([at_equal_kl(units, arm, "grpo") for arm in arms if arm != "grpo"],
                              "3 gold at equal distance", tested))
     for name, last in (("4 beside a temperature", False), ("4 the same, last step", True)):
@@ -135,9 +136,10 @@ def answers(units: pd.DataFrame, judges: Sequence[str] = JUDGES) -> pd.DataFrame
     return pd.concat(parts, ignore_index=True).reindex(columns=COLUMNS)
 
 # %% ../../nbs/studies/03_over_training_answers.ipynb #451d3191
-def write_answers(units: pd.DataFrame, folder: Path, judges: Sequence[str] = JUDGES) -> pd.DataFrame:
+def write_answers(units: pd.DataFrame, folder: Path, judges: Sequence[str] = JUDGES,
+                  at_distance: bool = True) -> pd.DataFrame:
     """folder/answers.csv (`answers`) and folder/means.csv (every number's mean at each look, over seeds and posts)."""
-    table = answers(units, judges)
+    table = answers(units, judges, at_distance)
     write_csv(Path(folder) / "answers.csv", table.round(4))
     keys = ["arm", "split", "step", "temperature"]
     looks = units.groupby(keys, sort=False)
