@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 # %% ../../nbs/run/34_kernels.ipynb #k004
@@ -116,7 +117,8 @@ def serve_kernels(folder: str) -> None:
     # what a kernel says before libraries read it
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     for name in LOADED:
-        import_module(name)
+        if find_spec(name.partition(".")[0]):  # ipywidgets, for one, is there with JupyterLab only
+            import_module(name)
     import torch
 
     if torch.cuda.is_available():
