@@ -128,15 +128,17 @@ def _merged(base: Path, adapter: Path | None) -> tuple:
 
 
 def sample_setting(base: Path, adapter: Path | None, start: Path | None, posts: pd.DataFrame, reward: Callable,
-                   truth: Callable, n_samples: int, seed: int, max_new_tokens: int = 28, temperature: float = 1.0,
-                   judges: Mapping[str, Scorer] | None = None, choose: Callable | None = None) -> pd.DataFrame:
+                   truth: Callable | None, n_samples: int, seed: int, max_new_tokens: int = 28,
+                   temperature: float = 1.0, judges: Mapping[str, Scorer] | None = None,
+                   choose: Callable | None = None) -> pd.DataFrame:
     """Replies of one adapter with what is known of each: columns post, sample, text, those of `score_replies` (judge,
     gold, guard_*, rouge_l and more), reward and kl.
 
     posts: columns post, tweet and replies (lists of real ones). truth: of the run, see `gold_of`; it is the judge too,
     as in the evaluation of such a run. start: adapter that `kl` (nats) is taken to, None for the base, and only of
     samples 0 to 3 (its mean needs few) at temperature 1, NaN at others. judges: more scorers, each a column. `seed`
-    decides the draws. choose: which of the replies that were drawn are scored (a table with post, sample, text).
+    decides the draws. One of `judges` that is named judge takes the place of the truth, which may then be None.
+    choose: which of the replies that were drawn are scored (a table with post, sample, text).
     """
     model, tokenizer = _merged(base, adapter)
     reference, _ = _merged(base, start)
@@ -197,18 +199,19 @@ def study_setting(name: str, setting: Setting, seed: int, out: Path, base: Path,
 RULES = {"relative": "judge", "absolute": "gold"}  # the rule, and the one that stands beside it: column of the scores
 
 
-def study_marks(samples: pd.DataFrame, target: float | None = None) -> dict[str, tuple[str, float]]:
-    """Rule -> (column, tau) of RULES, each set on the validation replies of the setting "baseline".
+def study_marks(samples: pd.DataFrame, target: float | None = None,
+                rules: Mapping[str, str] = RULES) -> dict[str, tuple[str, float]]:
+    """Rule -> (column, tau) of `rules` (rule -> column), each set on the validation replies of the setting "baseline".
 
     samples: columns setting, seed, split, post, sample and those of `sample_setting`, one step of each setting. target:
     Pass@10 of the baseline that is aimed at; None: the evaluation's. Raises: ValueError for columns that are not there.
     """
-    if lacking := sorted({*RULES.values(), "guard_empty"} - set(samples)):
+    if lacking := sorted({*rules.values(), "guard_empty"} - set(samples)):
         raise ValueError(f"the samples lack {', '.join(lacking)}: they were made when a pass was one height of gold "
                          "for all posts; remove their <split>-<step>.parquet (adapters may stay) and sample again")
     target = Scoring().target_pass_at_10 if target is None else target
     named = samples.assign(arm=samples["setting"])
-    return {rule: (column, calibrate(named, target, "gold", column)["tau"]) for rule, column in RULES.items()}
+    return {rule: (column, calibrate(named, target, "gold", column)["tau"]) for rule, column in rules.items()}
 
 # %% ../../nbs/studies/01_learning_study.ipynb #c014
 LOWER_IS_BETTER = ("self_bleu", "nll", "kl")

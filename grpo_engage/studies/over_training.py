@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKS', 'TEMPERATURES', 'POSTS', 'PRIMARY', 'SECONDARY', 'SETTINGS', 'OWN_SAMPLES', 'OWN_KEPT', 'SAMPLED',
            'samplings', 'World', 'read_world', 'world_in', 'own_best', 'train_unit', 'best_by_reward', 'sample_unit',
-           'freeze_marks', 'write_unit']
+           'freeze_marks', 'keep_unit', 'write_unit']
 
 # %% ../../nbs/studies/02_over_training.ipynb #820c26c0
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from ..evaluation.temperatures import baseline_temperatures
 from ..policy.replies import read_policy
 from ..policy.sampling import generate_replies, load_adapted
 from ..rewards.training_reward import training_reward
-from .learning_study import KeepAdapters, Setting, sample_setting, study_by_post, study_marks
+from .learning_study import RULES, KeepAdapters, Setting, sample_setting, study_by_post, study_marks
 from ..text.metrics import words
 from ..train.arm_training import train_arm
 from ..train.hybrid import best_replies
@@ -90,24 +90,25 @@ class World:
     posts: Mapping[str, pd.DataFrame]
     reward: Callable
     reward_id: str
-    truth: Callable
+    truth: Callable | None
     judges: Mapping[str, Scorer]
     vocabulary: int
 
 
-def read_world(run_dir: Path, n_posts: Mapping[str, int] = POSTS) -> World:
-    """The world of a simulated run. Raises: ValueError for data without a known truth, FileNotFoundError for a stage
-    that is missing."""
+def read_world(run_dir: Path, n_posts: Mapping[str, int] = POSTS, with_truth: bool = True) -> World:
+    """The world of a simulated run; without the truth (`with_truth` False) of any run, with its judge under the name
+    judge. Raises: ValueError for a truth that is not known, FileNotFoundError for a stage that is missing."""
     run_dir, pairs = Path(run_dir), load_pairs(run_dir)
-    truth = gold_of(pairs)
-    if truth is None:
+    truth = gold_of(pairs) if with_truth else None
+    if with_truth and truth is None:
         raise ValueError(f"{run_dir}: over-training is measured where the truth is known; its pairs are no simulation")
     labels = pd.read_parquet(run_dir / "reward_model" / "labels.parquet")
     chosen = pairs[(pairs["split"] == "policy") & pairs["row"].isin(labels.loc[labels["reference"], "row"])]
     posts = {split: choose_posts(posts_with_replies(pairs, split).reset_index(drop=True), count, 0)
              for split, count in n_posts.items()}
     reward, identifier, _ = training_reward(run_dir, allow_unvalidated_reward=True)
-    judges = rung_scorers(run_dir) | {"states": engagement_scorers(run_dir, "model", truth)[1]["judge"]}
+    name = "states" if with_truth else "judge"  # the family of the judge is known where the preset is
+    judges = rung_scorers(run_dir) | {name: engagement_scorers(run_dir, "model", truth)[1]["judge"]}
     vocabulary = len({word for reply in pairs["reply"] for word in words(reply)})
     return World(read_policy(run_dir), chosen[["tweet", "reply"]].sort_index(), posts, reward, identifier, truth,
                  judges, vocabulary)
@@ -130,13 +131,15 @@ def own_best(adapter: Path, seed: int, world: World) -> pd.DataFrame:
     return pd.DataFrame({"tweet": tweets.to_numpy()[best["post"]], "reply": best["text"]})
 
 # %% ../../nbs/studies/02_over_training.ipynb #rej2
-def train_unit(name: str, seed: int, out: Path, world: World, setting: Setting | None = None) -> Path:
-    """Train arm `name` with `seed` unless that was done; its folder out/work/<name>/seed<seed>, with adapters in
-    step<n>."""
-    setting, folder = setting or SETTINGS[name], Path(out) / "work" / name / f"seed{seed}"
+def train_unit(name: str, seed: int, out: Path, world: World, settings: Mapping[str, Setting] = SETTINGS,
+               kept: Sequence[int] | None = None) -> Path:
+    """Train arm `name` of `settings` with `seed` unless that was done; its folder out/work/<name>/seed<seed>, with
+    adapters in step<n>, for the steps `kept` (None: those that are sampled)."""
+    setting, folder = settings[name], Path(out) / "work" / name / f"seed{seed}"
     if (folder / "adapter").exists():
         return folder
-    start = None if setting.start == "base" else train_unit(setting.start, seed, out, world) / "adapter"
+    start = None if setting.start == "base" else train_unit(setting.start, seed, out, world, settings, kept) / "adapter"
+    kept = {step for step, _ in samplings(name)} if kept is None else set(kept)
     reward = world.truth if name == "oracle" else world.reward
     examples = world.examples if setting.objective.alpha else world.examples[["tweet"]]
     if name == "rejection":
@@ -147,7 +150,7 @@ def train_unit(name: str, seed: int, out: Path, world: World, setting: Setting |
               reward=reward if setting.objective.beta else None,
               reward_id="oracle" if name == "oracle" else world.reward_id,
               warm_start=start, seed=child_seed(seed, "over-training", name), label=f"{name} seed {seed}",
-              callbacks=[KeepAdapters(folder, {step for step, _ in samplings(name)})], **alike | dict(setting.options))
+              callbacks=[KeepAdapters(folder, kept)], **alike | dict(setting.options))
     return folder
 
 # %% ../../nbs/studies/02_over_training.ipynb #rej3
@@ -183,35 +186,45 @@ def sample_unit(name: str, seed: int, out: Path, world: World, n_samples: int = 
     return written
 
 # %% ../../nbs/studies/02_over_training.ipynb #ffa28193
-def freeze_marks(out: Path, seeds: Sequence[int], name: str = "baseline") -> dict:
+def freeze_marks(out: Path, seeds: Sequence[int], name: str = "baseline",
+                 looks: Sequence[tuple[int, float]] | None = None, rules: Mapping[str, str] = RULES) -> dict:
     """The content of out/pass.json: the baseline's temperature, and rule -> (column, tau) there; written once, from the
-    validation replies of `seeds`."""
+    validation replies of `seeds` at `looks` (steps and temperatures; None: all)."""
     path = Path(out) / "pass.json"
     if path.exists():
         return read_json(path)
+    looks = samplings(name) if looks is None else looks
     parts = [pd.read_parquet(Path(out) / "work" / name / f"seed{seed}" / f"validation-{step}-{temperature:g}.parquet")
              .assign(seed=seed, setting="baseline", arm=sampled_as("baseline", temperature, 1.0))
-             for seed in seeds for step, temperature in samplings(name)]
+             for seed in seeds for step, temperature in looks]
     replies = pd.concat(parts, ignore_index=True)
-    tried = baseline_temperatures(replies, TEMPERATURES, 1.0, Scoring().target_pass_at_10)
+    tried = baseline_temperatures(replies, sorted({at for _, at in looks}), 1.0, Scoring().target_pass_at_10)
     best = tried.loc[tried["chosen"], "temperature"].item()
-    marks = study_marks(replies[replies["temperature"] == best])
+    marks = study_marks(replies[replies["temperature"] == best], rules=rules)
     write_json(path, {"temperature": best, "rules": marks, "seeds": list(seeds), "tried": tried.to_dict("records")})
     return read_json(path)
 
 
+# %% ../../nbs/studies/02_over_training.ipynb #keep1
+def keep_unit(target: Path, replies: Sequence[Path], world: World, **named) -> pd.DataFrame:
+    """Write `target`: one row a post and file of `replies`, with the columns of `study_by_post` by the marks of
+    pass.json, each judge's mean score and the columns `named`; gold is left out where no truth is known."""
+    marks, rows = read_json(target.parents[1] / "pass.json")["rules"], []
+    for path in replies:
+        scored = pd.read_parquet(path)
+        means = scored.groupby("post")[list(world.judges)].mean().reset_index()
+        by_post = study_by_post(scored, marks, world.vocabulary).merge(means, on="post")
+        rows.append(by_post.assign(**scored.iloc[0][["split", "step", "temperature"]]))
+    table = pd.concat(rows, ignore_index=True).assign(**named)
+    table = table if world.truth else table.drop(columns="gold")
+    first = [*named, "split", "step", "temperature", "post"]
+    write_csv(target, table[[*first, *table.columns.difference(first, sort=False)]].round(5))
+    return table
+
+
 def write_unit(name: str, seed: int, out: Path, world: World) -> pd.DataFrame:
-    """out/units/<name>-seed<seed>.csv: one row a post, split, step and temperature, with the columns of `study_by_post`
-    and each judge's mean score. What is there is not done again."""
+    """out/units/<name>-seed<seed>.csv, see `keep_unit`. What is there is not done again."""
     target = Path(out) / "units" / f"{name}-seed{seed}.csv"
     if not target.exists():
-        marks, rows = read_json(Path(out) / "pass.json")["rules"], []
-        for path in sample_unit(name, seed, out, world):
-            replies = pd.read_parquet(path)
-            by_post = study_by_post(replies, marks, world.vocabulary)
-            means = replies.groupby("post")[list(world.judges)].mean().reset_index()
-            rows.append(by_post.merge(means, on="post").assign(**replies.iloc[0][["split", "step", "temperature"]]))
-        table = pd.concat(rows, ignore_index=True).assign(arm=name, seed=seed)
-        first = ["arm", "seed", "split", "step", "temperature", "post"]
-        write_csv(target, table[[*first, *table.columns.difference(first, sort=False)]].round(5))
+        keep_unit(target, sample_unit(name, seed, out, world), world, arm=name, seed=seed)
     return pd.read_csv(target)
