@@ -8,9 +8,9 @@ WORLD is a run up to reward_model, and policy, whose ladder has the judge `state
         -p 'fractions=[0.12,0.40,0.30,0.08,0.10]' -p 'ladder=["twin","states"]'
     python -m grpo_engage run policy --preset pheme-cpu --run world --data FILE
 
-The pass mark is frozen in OUT/pass.json when the baselines of all seeds have been sampled. Then units, an arm with a
-seed, in the order of the seeds; each leaves OUT/units/<arm>-seed<seed>.csv, numbers alone, and one whose file is there
-is not done again. What a unit took (CPU minutes) is in OUT/cost.csv. Replies and adapters stay in OUT/work.
+A unit is an arm with a seed: the baselines first, then seed after seed. When all baselines are there the pass mark is
+frozen in OUT/pass.json, and each unit leaves OUT/units/<arm>-seed<seed>.csv, numbers alone; one whose file is there is
+not done again. What a unit took (CPU minutes) is in OUT/cost.csv. Replies and adapters stay in OUT/work.
 """
 
 import argparse
@@ -45,45 +45,37 @@ def ready(run: Path):
     return WORLDS[run]
 
 
-def baseline(run: Path, seed: int, out: Path) -> float:
-    begun, world = time.process_time(), ready(run)
-    sample_real("baseline", seed, out, world)
-    return time.process_time() - begun
-
-
 def unit(run: Path, name: str, seed: int, out: Path) -> dict:
     begun, world = time.process_time(), ready(run)
-    write_real(name, seed, out, world)
+    sample_real(name, seed, out, world)
     return {"arm": name, "seed": seed, "minutes": round((time.process_time() - begun) / 60, 2)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [*REAL_ARMS, "best_of_8"]
+    names = [name for name in (*REAL_ARMS, "best_of_8") if name != "baseline"]
     parser.add_argument("world", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=names, choices=names)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()
-    cost = given.out / "cost.csv"
-
-    def note(spent: dict) -> None:
+    baselines = [("baseline", seed) for seed in given.seeds]
+    units = [(name, seed) for name, seed in [*baselines, *((name, seed) for seed in given.seeds for name in given.arms)]
+             if not (given.out / "units" / f"{name}-seed{seed}.csv").exists()]
+    waiting = []
+    # A unit's baseline comes earlier than as many units as there are jobs, so it is there when the unit wants it.
+    for spent in Parallel(n_jobs=given.jobs, return_as="generator_unordered")(
+            delayed(unit)(given.world, name, seed, given.out) for name, seed in units):
+        cost = given.out / "cost.csv"
         before = pd.read_csv(cost) if cost.exists() else pd.DataFrame()
         write_csv(cost, pd.concat([before, pd.DataFrame([spent])], ignore_index=True))
         say(f"{spent['arm']} seed {spent['seed']}: {spent['minutes']} CPU minutes")
-
-    if not (given.out / "pass.json").exists():
-        made = Parallel(n_jobs=given.jobs, return_as="generator")(
-            delayed(baseline)(given.world, seed, given.out) for seed in given.seeds)
-        for seed, seconds in zip(given.seeds, made, strict=True):
-            note({"arm": "baseline, trained and sampled", "seed": seed, "minutes": round(seconds / 60, 2)})
-    say(f"pass marks: {freeze_real_marks(given.out, given.seeds)['rules']}")
-    units = [(name, seed) for seed in given.seeds for name in given.arms
-             if not (given.out / "units" / f"{name}-seed{seed}.csv").exists()]
-    for spent in Parallel(n_jobs=given.jobs, return_as="generator_unordered")(
-            delayed(unit)(given.world, name, seed, given.out) for name, seed in units):
-        note(spent)
+        waiting.append((spent["arm"], spent["seed"]))
+        if {*baselines} <= {*waiting} or (given.out / "pass.json").exists():
+            freeze_real_marks(given.out, given.seeds)
+            for name, seed in waiting:  # what is written is not written again
+                write_real(name, seed, given.out, ready(given.world))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def real_looks(name: str) -> list[tuple[str, int, float]]:
         return [(split, last, temperature) for split in REAL_POSTS for temperature in REAL_TEMPERATURES]
     if name == "best_of_8":
         return [("test", last, 1.0)]
-    return [("test", REAL_STEPS[0], 1.0), ("test", last, 0.7), ("test", last, 1.0)]
+    return [("test", last, 0.7), ("test", last, 1.0)]
 
 # %% ../../nbs/studies/06_real_posts.ipynb #rp08
 def read_real_world(run_dir: Path, n_posts: Mapping[str, int] = REAL_POSTS) -> World:
