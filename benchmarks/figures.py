@@ -17,7 +17,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from grpo_engage.base.core import REPO_ROOT, read_json, say
+from grpo_engage.base.core import REPO_ROOT, read_json, say, write_csv
 from grpo_engage.base.plots import savefig, style
 from grpo_engage.evaluation.ladder import plot_ladder
 from grpo_engage.evaluation.pass_curves import plot_temperatures
@@ -30,6 +30,7 @@ from grpo_engage.studies.over_training_answers import (
     write_answers,
 )
 from grpo_engage.studies.over_training_checks import write_checks
+from grpo_engage.studies.plain_monitors import monitor_rows
 
 PUBLISHED = REPO_ROOT / "outputs" / "published"
 
@@ -91,6 +92,7 @@ def main() -> None:
         units = read_units(study / "units")
         write_answers(units, out / "outputs" / "published" / "over_training")
         write_checks(study / "units", out / "outputs" / "published" / "over_training")
+        write_csv(out / "outputs" / "published" / "over_training" / "monitors.csv", monitor_rows(units).round(4))
         picture(plot_over_training(units), out / "docs" / "figures" / "over_training.png")
         second, arms = PUBLISHED / "over_training_second", ("grpo", "hybrid")  # another formula is the truth
         write_answers(read_units(second / "units", arms), out / "outputs" / "published" / second.name,

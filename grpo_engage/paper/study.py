@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from ..base.core import read_json
 from ..base.plots import savefig
 from ..evaluation.safety_change import worst_states
+from . import beside_study
 from . import control_sentences as controls
 from . import study_sentences as sentences
 from . import study_tables as tables
@@ -30,6 +31,8 @@ RESULTS = {
     "checks": "outputs/published/over_training/checks.csv",
     "parts": "outputs/published/over_training/parts.csv",
     "marks": "outputs/published/over_training/marks.csv",
+    "monitors": "outputs/published/over_training/monitors.csv",
+    "nulls": "proofs/study_nulls.csv",
     "second": "outputs/published/over_training_second/answers.csv",
     "second_marks": "outputs/published/over_training_second/marks.csv",
     "pass_mark": "outputs/published/over_training/pass.json",
@@ -74,6 +77,7 @@ def study_tables(found: Mapping[str, pd.DataFrame], sources: Mapping[str, dict])
         "fall": tables.fall_table(answers),
         "parts": tables.parts_table(found["parts"], (40, 160)),
         "stopping": tables.stopping_table(found["checks"]),
+        "monitors": beside_study.monitors_table(found["monitors"]),
         "judges": tables.judges_table(answers, ladder),
         "delay": tables.delay_table(answers),
         "later": tables.later_table(found["checks"]),
@@ -116,6 +120,9 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "AnswerTerms": sentences.terms_sentence(checks),
         "AnswerKl": sentences.kl_sentence(checks),
         "AnswerParts": sentences.parts_sentence(found["parts"]),
+        "AnswerMonitors": beside_study.monitors_sentence(found["monitors"]),
+        "AnswerNulls": beside_study.nulls_sentence(found["nulls"]),
+        "AbstractMonitors": beside_study.monitors_in_short(found["monitors"]),
         "AnswerMarks": controls.marks_sentence(found["marks"]),
         "AnswerWays": controls.ways_sentence(checks),
         "AnswerEarly": controls.early_sentence(checks),
