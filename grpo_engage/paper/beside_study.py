@@ -23,11 +23,13 @@ def budget(monitor: str, bound: float) -> str:
     return monitor if pd.isna(bound) else _SHOWN[monitor].format(number(bound, 2).rstrip("0").rstrip("."))
 
 
-def unharmed(monitors: pd.DataFrame) -> list[str]:
-    """Budgets (LaTeX) whose loss of gold is shown in none of the arms that `monitors` has."""
+def unharmed(monitors: pd.DataFrame) -> dict[str, float]:
+    """Budgets (LaTeX) whose loss of gold is shown in none of the arms that `monitors` has, each with the lowest end of
+    their intervals."""
     rows = monitors[monitors["bound"].notna()]
-    safe = (rows["ci_high"] >= 0).groupby([rows["monitor"], rows["bound"]], sort=False).all()
-    return [budget(*key) for key in safe.index[safe]]
+    keys = [budget(*key) for key in zip(rows["monitor"], rows["bound"], strict=True)]
+    ends = rows.groupby(keys, sort=False).agg(low=("ci_low", "min"), high=("ci_high", "min"))
+    return ends.loc[ends["high"] >= 0, "low"].to_dict()
 
 # %% ../../nbs/paper/12_beside_study.ipynb #bs05b
 def _interval(row: Mapping[str, float]) -> str:
@@ -41,17 +43,18 @@ def monitors_sentence(monitors: pd.DataFrame, arm: str = "grpo") -> str:
     parts = [f"{name} {_interval(row)}" for row in own.to_dict("records")
              if (name := budget(row["monitor"], row["bound"])) in safe]
     found = f" ({'; '.join(parts)})" if parts else ""
+    every = [f"{name} (no interval goes below {number(low, 3)})" for name, low in unharmed(monitors).items()]
     never = _interval(own[own["bound"].isna()].iloc[0])
     return (f"Of {tried} budgets {len(safe)} are not shown to lose gold of {named(arm)} beside gold's own "
             f"choice{found}; never to stop: {never}. In none of the arms that were stopped: "
-            f"{listed(unharmed(monitors))}.")
+            f"{listed(every)}.")
 
 
 def monitors_in_short(monitors: pd.DataFrame) -> str:
     """The same without figures (LaTeX)."""
     if not (safe := unharmed(monitors)):
         return "No plain budget that was tried would have stopped every arm without a loss."
-    return f"No judge is needed for that: no loss is shown for a plain budget ({' or '.join(safe)})."
+    return f"A plain budget may do without a judge: of those that were tried no loss is shown for {' and '.join(safe)}."
 
 # %% ../../nbs/paper/12_beside_study.ipynb #bs05c
 def monitors_table(monitors: pd.DataFrame) -> str:
