@@ -36,25 +36,32 @@ def _interval(row: Mapping[str, float]) -> str:
     return with_interval(row["difference"], row["ci_low"], row["ci_high"], 3)
 
 
-def monitors_sentence(monitors: pd.DataFrame, arm: str = "grpo") -> str:
-    """Which budgets would have stopped `arm`, and all arms, without a loss of gold that is shown (LaTeX)."""
-    own = monitors[monitors["arm"] == arm]
-    safe, tried = unharmed(own), own["bound"].notna().sum()
+def _harmless(own: pd.DataFrame) -> str:
+    """How many of one arm's budgets are not shown to lose gold, which, and what never to stop loses (LaTeX)."""
+    safe = unharmed(own)
     parts = [f"{name} {_interval(row)}" for row in own.to_dict("records")
              if (name := budget(row["monitor"], row["bound"])) in safe]
     found = f" ({'; '.join(parts)})" if parts else ""
+    return (f"of {own['bound'].notna().sum()} budgets {len(safe)} are not shown to lose gold of "
+            f"{named(own['arm'].iloc[0])} beside gold's own choice{found}; never to stop: "
+            f"{_interval(own[own['bound'].isna()].iloc[0])}")
+
+
+def monitors_sentence(monitors: pd.DataFrame, second: pd.DataFrame, arm: str = "grpo") -> str:
+    """Which budgets would have stopped `arm`, all arms, and `arm` in the second world (`second`), without a loss of
+    gold that is shown (LaTeX)."""
     every = [f"{name} (no interval goes below {number(low, 3)})" for name, low in unharmed(monitors).items()]
-    never = _interval(own[own["bound"].isna()].iloc[0])
-    return (f"Of {tried} budgets {len(safe)} are not shown to lose gold of {named(arm)} beside gold's own "
-            f"choice{found}; never to stop: {never}. In none of the arms that were stopped: "
-            f"{listed(every)}.")
+    first = _harmless(monitors[monitors["arm"] == arm])
+    return (f"{first[:1].upper()}{first[1:]}. In none of the arms that were stopped: {listed(every)}. Where another "
+            f"formula is the truth, {_harmless(second[second['arm'] == arm])}.")
 
 
-def monitors_in_short(monitors: pd.DataFrame) -> str:
-    """The same without figures (LaTeX)."""
-    if not (safe := unharmed(monitors)):
-        return "No plain budget that was tried would have stopped every arm without a loss."
-    return f"A plain budget may do without a judge: of those that were tried no loss is shown for {' and '.join(safe)}."
+def monitors_in_short(monitors: pd.DataFrame, second: pd.DataFrame) -> str:
+    """Budgets without a loss that is shown in any arm of both worlds (LaTeX)."""
+    if not (safe := unharmed(pd.concat([monitors, second]))):
+        return "No plain budget that was tried would have stopped every arm of both worlds without a loss."
+    return (f"A plain budget may do without a judge: of those that were tried no loss is shown in either of two worlds "
+            f"for {' and '.join(safe)}.")
 
 # %% ../../nbs/paper/12_beside_study.ipynb #bs05c
 def monitors_table(monitors: pd.DataFrame) -> str:
