@@ -53,10 +53,10 @@ def unit(run: Path, name: str, seed: int, out: Path) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = [name for name in (*REAL_ARMS, "best_of_8") if name != "baseline"]
+    names = [name for name in (*REAL_ARMS, "best_of_4") if name != "baseline"]
     parser.add_argument("world", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--arms", nargs="+", default=names, choices=names)
     parser.add_argument("--jobs", type=int, default=2)
     given = parser.parse_args()

@@ -70,12 +70,12 @@ def lost_sentence(answers: pd.DataFrame) -> str:
 
 
 def choosing_sentence(answers: pd.DataFrame) -> str:
-    """The best of eight replies by the reward beside grpo and the baseline's best temperature (LaTeX)."""
+    """The best of four replies by the reward beside grpo and the baseline's best temperature (LaTeX)."""
     rows = answers[(answers["question"] == "4 choosing in place of training") & (answers["metric"] == "pass@10")]
     if rows.empty:
         return "Choosing the best of several replies was not run on real posts."
     parts = [f"less {named(row['versus'])}'s {_interval(row)}" for row in rows.to_dict("records")]
-    return f"Of each eight replies of the baseline the one that the reward likes best: Pass@10 {', '.join(parts)}."
+    return f"Of each four replies of the baseline the one that the reward likes best: Pass@10 {', '.join(parts)}."
 
 # %% ../../nbs/paper/13_real_posts_sentences.ipynb #rs11
 _TITLES = {"pass@10": "Pass@10", "pass@10 states": "by states", "reward": "Reward", "twin": "Twin", "judge": "n-grams",

@@ -17,7 +17,7 @@ from .endpoint_exhibits import p_value
 from .exhibits import with_interval
 from .pdf import escape_latex
 
-NAMES = {"max_at_10": "max@10", "max_at_5": "max@5", "best_of_8": "the best of eight",
+NAMES = {"max_at_10": "max@10", "max_at_5": "max@5", "best_of_4": "the best of four",
          "grpo_max": "annealed max@10", "judge_without_length": "judge without length"}
 
 # %% ../../nbs/paper/08_study_sentences.ipynb #70b766db

@@ -93,7 +93,9 @@ def kl_of_replies(model, reference, tokenizer, posts: Sequence[str], replies: Se
     """
     if not len(posts) == len(replies) == len(ended):
         raise ValueError(f"{len(posts)} posts, {len(replies)} replies and {len(ended)} ends: give one of each")
-    found = []
+    longest = len(tokenizer(format_prompt(max(posts, key=len, default=""), tokenizer))["input_ids"])
+    # log-probs of 64 replies over 49,152 tokens take gigabytes: at most a quarter of one for the posts' part
+    found, batch_size = [], max(1, min(batch_size, 2**26 // (longest * model.config.vocab_size)))
     for first in range(0, len(posts), batch_size):
         part = slice(first, first + batch_size)
         before = [tokenizer(format_prompt(post, tokenizer))["input_ids"] for post in posts[part]]

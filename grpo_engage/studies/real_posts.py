@@ -24,7 +24,7 @@ from ..train.objective import Objective
 REAL_STEPS = (20, 40)
 REAL_TEMPERATURES = (0.5, 0.7, 1.0)
 REAL_POSTS = {"validation": 24, "test": 48}
-REAL_SAMPLES, REAL_TOKENS, REAL_BEST_OF = 16, 64, 8
+REAL_SAMPLES, REAL_TOKENS, REAL_BEST_OF = 16, 64, 4
 REAL_RULES = {"relative": "judge", "states": "states"}  # whose score makes a pass, and another family's beside it
 _COMMON = {"max_new_tokens": REAL_TOKENS, "max_steps": REAL_STEPS[-1], "micro_batch_size": 32, "kl_weight": 0.02,
            "learning_rate_supervised": 2e-4, "learning_rate_policy": 3e-4}
@@ -40,11 +40,11 @@ REAL_ARMS = {
 
 
 def real_looks(name: str) -> list[tuple[str, int, float]]:
-    """(split, step, temperature) at which an arm of REAL_ARMS, or best_of_8, is sampled."""
+    """(split, step, temperature) at which an arm of REAL_ARMS, or best_of_4, is sampled."""
     last = REAL_STEPS[-1]
     if name == "baseline":
         return [(split, last, temperature) for split in REAL_POSTS for temperature in REAL_TEMPERATURES]
-    if name == "best_of_8":
+    if name == "best_of_4":
         return [("test", last, 1.0)]
     return [("test", last, 0.7), ("test", last, 1.0)]
 
@@ -61,8 +61,8 @@ def read_real_world(run_dir: Path, n_posts: Mapping[str, int] = REAL_POSTS) -> W
 # %% ../../nbs/studies/06_real_posts.ipynb #rp10
 def sample_real(name: str, seed: int, out: Path, world: World, arms: Mapping[str, Setting] = REAL_ARMS,
                 n_samples: int = REAL_SAMPLES) -> list[Path]:
-    """Train, sample and score a unit, an arm or best_of_8; one parquet of replies for each look, not done twice."""
-    best_of, source = (REAL_BEST_OF, "baseline") if name == "best_of_8" else (1, name)
+    """Train, sample and score a unit, an arm or best_of_4; one parquet of replies for each look, not done twice."""
+    best_of, source = (REAL_BEST_OF, "baseline") if name == "best_of_4" else (1, name)
     trained = train_unit(source, seed, out, world, arms, REAL_STEPS)
     begun, written = arms[source].start, []
     start = None if begun == "base" else Path(out) / "work" / begun / f"seed{seed}" / "adapter"

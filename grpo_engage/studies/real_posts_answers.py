@@ -26,7 +26,7 @@ Look = tuple[str, int, float]  # arm, step, temperature
 
 
 def read_real_units(folder: Path) -> pd.DataFrame:
-    """All units of the seeds of which `folder` has every arm of REAL_ARMS (best_of_8 where it is there), as
+    """All units of the seeds of which `folder` has every arm of REAL_ARMS (best_of_4 where it is there), as
     `write_real` leaves them. Raises: ValueError where no seed has all arms."""
     units = pd.concat([pd.read_csv(path) for path in sorted(Path(folder).glob("*-seed*.csv"))] or [pd.DataFrame()])
     found = units.groupby("seed")["arm"].unique() if len(units) else pd.Series(dtype=object)
@@ -69,8 +69,8 @@ def real_answers(units: pd.DataFrame, baseline_temperature: float) -> pd.DataFra
                                   for arm in REAL_POLICIES]).assign(question=question))
     rows.append(pd.DataFrame([between(units, ("hybrid", last, 1.0), ("grpo", last, 1.0), metric)
                               for metric in ("self_bleu", "pass@10")]).assign(question="3 hybrid less grpo"))
-    if (units["arm"] == "best_of_8").any():
-        chosen = ("best_of_8", last, 1.0)
+    if (units["arm"] == "best_of_4").any():
+        chosen = ("best_of_4", last, 1.0)
         rows.append(pd.DataFrame(
             [between(units, chosen, other, metric) for other in (("grpo", last, 1.0), own)
              for metric in ("pass@10", "pass@10 states", *REAL_SCORES, "self_bleu")]).assign(
@@ -78,7 +78,7 @@ def real_answers(units: pd.DataFrame, baseline_temperature: float) -> pd.DataFra
     return pd.concat(rows, ignore_index=True).reindex(columns=REAL_COLUMNS)
 
 
-def beside_line(units: pd.DataFrame, arms: Sequence[str] = (*REAL_POLICIES, "best_of_8"),
+def beside_line(units: pd.DataFrame, arms: Sequence[str] = (*REAL_POLICIES, "best_of_4"),
                 metric: str = "pass@10") -> pd.DataFrame:
     """Each look of `arms` at the last step beside the baseline's line at equal Self-BLEU, seed by seed: columns arm,
     temperature, self_bleu, metric, line, lead (means over seeds), lead_low, lead_high (of the seeds, no interval),
