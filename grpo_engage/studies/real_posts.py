@@ -23,8 +23,8 @@ from ..train.objective import Objective
 # %% ../../nbs/studies/06_real_posts.ipynb #rp05
 REAL_STEPS = (20, 40)
 REAL_TEMPERATURES = (0.5, 0.7, 1.0)
-REAL_POSTS = {"validation": 24, "test": 48}
-REAL_SAMPLES, REAL_TOKENS, REAL_BEST_OF = 16, 64, 4
+REAL_POSTS = {"validation": 24, "test": 32}
+REAL_SAMPLES, REAL_TOKENS, REAL_BEST_OF = 12, 64, 4
 REAL_RULES = {"relative": "judge", "states": "states"}  # whose score makes a pass, and another family's beside it
 _COMMON = {"max_new_tokens": REAL_TOKENS, "max_steps": REAL_STEPS[-1], "micro_batch_size": 32, "kl_weight": 0.02,
            "learning_rate_supervised": 2e-4, "learning_rate_policy": 3e-4}
