@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from ..base.core import read_json
 from ..base.plots import savefig
 from ..evaluation.safety_change import worst_states
-from . import beside_study
+from . import beside_study, label_sentences
 from . import control_sentences as controls
 from . import study_sentences as sentences
 from . import study_tables as tables
@@ -48,6 +48,7 @@ RESULTS = {
     "judged_systems": "benchmarks/judges/systems.csv",
     "bench_rewards": "benchmarks/engage_bench/v1/leaderboard/reward.csv",
     "bench_judges": "benchmarks/engage_bench/v1/leaderboard/judge.csv",
+    "bench_labels": "benchmarks/engage_bench/v1/leaderboard/deconfounding.csv",
     "deconfounding": "benchmarks/deconfounding.csv",
     "pheme": "benchmarks/pheme_crossfit.csv",
     "gradient": "proofs/gradient.csv",
@@ -122,6 +123,8 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "AnswerKl": sentences.kl_sentence(checks),
         "AnswerParts": sentences.parts_sentence(found["parts"]),
         "AnswerMonitors": beside_study.monitors_sentence(found["monitors"], found["second_monitors"]),
+        "AnswerLabels": label_sentences.deconfounding_sentence(found["bench_labels"]),
+        "AnswerText": label_sentences.text_sentence(found["pheme"]),
         "AnswerNulls": beside_study.nulls_sentence(found["nulls"]),
         "AbstractMonitors": beside_study.monitors_in_short(found["monitors"], found["second_monitors"]),
         "AnswerMarks": controls.marks_sentence(found["marks"]),
