@@ -31,7 +31,7 @@ _COMMON = {"max_new_tokens": REAL_TOKENS, "max_steps": REAL_STEPS[-1], "micro_ba
 
 
 def _groups(*weights: float, **options) -> Setting:
-    return Setting(Objective(*weights), "baseline", _COMMON | {"posts_per_step": 4, "num_generations": 8} | options)
+    return Setting(Objective(*weights), "baseline", _COMMON | {"posts_per_step": 2, "num_generations": 8} | options)
 
 
 REAL_ARMS = {
