@@ -31,6 +31,7 @@ from grpo_engage.studies.over_training_answers import (
 )
 from grpo_engage.studies.over_training_checks import write_checks
 from grpo_engage.studies.plain_monitors import monitor_rows
+from grpo_engage.studies.real_posts_answers import write_real_answers
 
 PUBLISHED = REPO_ROOT / "outputs" / "published"
 
@@ -98,6 +99,7 @@ def main() -> None:
         found = read_units(second / "units", arms)
         write_answers(found, out / "outputs" / "published" / second.name, at_distance=False)
         write_csv(out / "outputs" / "published" / second.name / "monitors.csv", monitor_rows(found, arms).round(4))
+        write_real_answers(PUBLISHED / "real_posts", out / "outputs" / "published" / "real_posts")
         build_study(REPO_ROOT, out / "paper" / "study", {"frontier": plot_temperatures(points),
                                                          "over_training": plot_over_training(units)})
     say(f"figures and tables are in {out}")

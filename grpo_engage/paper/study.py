@@ -18,6 +18,7 @@ from ..base.plots import savefig
 from ..evaluation.safety_change import worst_states
 from . import beside_study, label_sentences
 from . import control_sentences as controls
+from . import real_posts_sentences as real_posts
 from . import study_sentences as sentences
 from . import study_tables as tables
 from .exhibits import number
@@ -31,6 +32,10 @@ RESULTS = {
     "checks": "outputs/published/over_training/checks.csv",
     "parts": "outputs/published/over_training/parts.csv",
     "marks": "outputs/published/over_training/marks.csv",
+    "real_answers": "outputs/published/real_posts/answers.csv",
+    "real_line": "outputs/published/real_posts/line.csv",
+    "real_means": "outputs/published/real_posts/means.csv",
+    "real_units": "outputs/published/real_posts/cost.csv",
     "monitors": "outputs/published/over_training/monitors.csv",
     "second_monitors": "outputs/published/over_training_second/monitors.csv",
     "nulls": "proofs/study_nulls.csv",
@@ -79,6 +84,8 @@ def study_tables(found: Mapping[str, pd.DataFrame], sources: Mapping[str, dict])
         "fall": tables.fall_table(answers),
         "parts": tables.parts_table(found["parts"], (40, 160)),
         "stopping": tables.stopping_table(found["checks"]),
+        "real": real_posts.real_table(found["real_means"]),
+        "line": real_posts.line_table(found["real_line"]),
         "monitors": beside_study.monitors_table(found["monitors"]),
         "judges": tables.judges_table(answers, ladder),
         "delay": tables.delay_table(answers),
@@ -123,6 +130,13 @@ def study_macros(found: Mapping[str, pd.DataFrame]) -> dict[str, str]:
         "AnswerKl": sentences.kl_sentence(checks),
         "AnswerParts": sentences.parts_sentence(found["parts"]),
         "AnswerMonitors": beside_study.monitors_sentence(found["monitors"], found["second_monitors"]),
+        "AnswerRealPay": real_posts.pay_sentence(found["real_answers"]),
+        "AnswerRealFollow": real_posts.follow_sentence(found["real_answers"]),
+        "AnswerRealLost": real_posts.lost_sentence(found["real_answers"]),
+        "AnswerRealChoosing": real_posts.choosing_sentence(found["real_answers"]),
+        "AbstractReal": real_posts.real_in_short(found["real_answers"]),
+        "RealSeeds": number(found["real_answers"]["n_seeds"].max(), 0),
+        "RealHours": number(found["real_units"]["minutes"].sum() / 60, 1),
         "AnswerLabels": label_sentences.deconfounding_sentence(found["bench_labels"]),
         "AnswerText": label_sentences.text_sentence(found["pheme"]),
         "AnswerNulls": beside_study.nulls_sentence(found["nulls"]),

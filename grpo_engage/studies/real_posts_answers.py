@@ -78,6 +78,7 @@ def real_answers(units: pd.DataFrame, baseline_temperature: float) -> pd.DataFra
     return pd.concat(rows, ignore_index=True).reindex(columns=REAL_COLUMNS)
 
 
+# %% ../../nbs/studies/07_real_posts_answers.ipynb #ra06b
 def beside_line(units: pd.DataFrame, arms: Sequence[str] = (*REAL_POLICIES, "best_of_4"),
                 metric: str = "pass@10") -> pd.DataFrame:
     """Each look of `arms` at the last step beside the baseline's line at equal Self-BLEU, seed by seed: columns arm,
@@ -100,15 +101,17 @@ def beside_line(units: pd.DataFrame, arms: Sequence[str] = (*REAL_POLICIES, "bes
                         inside=table["inside"].sum()).reset_index()
 
 
-def write_real_answers(folder: Path) -> pd.DataFrame:
-    """folder/answers.csv, line.csv (`beside_line`), means.csv (each look's means) of folder/units and pass.json."""
-    folder = Path(folder)
+# %% ../../nbs/studies/07_real_posts_answers.ipynb #ra06c
+def write_real_answers(folder: Path, out: Path | None = None) -> pd.DataFrame:
+    """out/answers.csv, line.csv (`beside_line`), means.csv (each look's means) of folder/units and pass.json; out:
+    None, the folder itself."""
+    folder, out = Path(folder), Path(out or folder)
     units = read_real_units(folder / "units")
     table = real_answers(units, float(read_json(folder / "pass.json")["temperature"]))
-    write_csv(folder / "answers.csv", table.round(4))
-    write_csv(folder / "line.csv", beside_line(units).round(4))
+    write_csv(out / "answers.csv", table.round(4))
+    write_csv(out / "line.csv", beside_line(units).round(4))
     keys = ["arm", "split", "step", "temperature"]
     looks = units.groupby(keys, sort=False)
     means = looks[[name for name in units if name not in {*keys, "seed", "post"}]].mean()
-    write_csv(folder / "means.csv", means.assign(n_seeds=looks["seed"].nunique()).reset_index().round(4))
+    write_csv(out / "means.csv", means.assign(n_seeds=looks["seed"].nunique()).reset_index().round(4))
     return table
