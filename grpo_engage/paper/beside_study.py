@@ -15,12 +15,15 @@ from .exhibits import latex_table, number, with_interval
 from .study_sentences import listed, named
 
 # %% ../../nbs/paper/12_beside_study.ipynb #bs05
-_SHOWN: Mapping[str, str] = {"kl": "KL {} nats", "self_bleu": "Self-BLEU +{}", "length": "length $\\pm${}"}
+_SHOWN: Mapping[str, str] = {"kl": "KL {} nats", "self_bleu": "Self-BLEU +{}", "length": "length $\\pm${}\\%"}
 
 
 def budget(monitor: str, bound: float) -> str:
     """A budget as a reader calls it (LaTeX); a row without a bound has its monitor's name."""
-    return monitor if pd.isna(bound) else _SHOWN[monitor].format(number(bound, 2).rstrip("0").rstrip("."))
+    if pd.isna(bound):
+        return monitor
+    shown = number(100 * bound, 0) if monitor == "length" else number(bound, 2).rstrip("0").rstrip(".")
+    return _SHOWN[monitor].format(shown)
 
 
 def unharmed(monitors: pd.DataFrame) -> dict[str, float]:
