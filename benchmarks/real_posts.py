@@ -24,8 +24,10 @@ from joblib import Parallel, delayed
 
 from grpo_engage.base.core import say, write_csv
 from grpo_engage.policy.base_models import quiet_libraries
+from grpo_engage.studies.over_training import train_unit
 from grpo_engage.studies.real_posts import (
     REAL_ARMS,
+    REAL_STEPS,
     freeze_real_marks,
     read_real_world,
     sample_real,
@@ -51,6 +53,10 @@ def unit(run: Path, name: str, seed: int, out: Path) -> dict:
     return {"arm": name, "seed": seed, "minutes": round((time.process_time() - begun) / 60, 2)}
 
 
+def start(run: Path, seed: int, out: Path) -> None:
+    train_unit("baseline", seed, out, ready(run), REAL_ARMS, REAL_STEPS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in (*REAL_ARMS, "best_of_4") if name != "baseline"]
@@ -64,7 +70,8 @@ def main() -> None:
     units = [(name, seed) for name, seed in [*baselines, *((name, seed) for seed in given.seeds for name in given.arms)]
              if not (given.out / "units" / f"{name}-seed{seed}.csv").exists()]
     waiting = []
-    # A unit's baseline comes earlier than as many units as there are jobs, so it is there when the unit wants it.
+    # first, so that no two units of a seed train the baseline that both start from
+    Parallel(n_jobs=given.jobs)(delayed(start)(given.world, seed, given.out) for seed in sorted({s for _, s in units}))
     for spent in Parallel(n_jobs=given.jobs, return_as="generator_unordered")(
             delayed(unit)(given.world, name, seed, given.out) for name, seed in units):
         cost = given.out / "cost.csv"

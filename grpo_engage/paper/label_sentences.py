@@ -56,8 +56,8 @@ def validity_sentence(agreement: pd.DataFrame) -> str:
         row = rows.loc[("simulator gold", second)]
         said.append(f"{name} {with_interval(row['spearman'], row['ci_low'], row['ci_high'], 2)}")
     n = agreement["entries"].iloc[0]
-    return (f"{n} rewards learned anew in each world: rank correlation of what they have of gold in the simulator with "
-            f"their agreement {', '.join(said)} on real replies.")
+    return (f"{n} rewards, those that learn learned anew in each world: rank correlation of what they have of gold in "
+            f"the simulator with their agreement {', '.join(said)} on real replies.")
 
 # %% ../../nbs/paper/14_label_sentences.ipynb #ls10
 def validity_table(entries: pd.DataFrame) -> str:

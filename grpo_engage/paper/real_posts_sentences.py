@@ -21,52 +21,61 @@ def _interval(row: dict) -> str:
 
 
 def _sides(rows: pd.DataFrame) -> str:
-    """Which settings are above and below 0 by their whole interval (LaTeX)."""
-    sides = (rows["ci_low"] > 0, rows["ci_high"] < 0)
-    above, below = (rows.loc[which, "setting"].map(named).tolist() for which in sides)
-    if not above and not below:
-        return "no arm is told apart from the baseline"
-    said = [f"{listed(above)} {'is' if len(above) == 1 else 'are'} above it" if above else "no arm is shown above it"]
-    return "; ".join(said + ([f"{listed(below)} {'is' if len(below) == 1 else 'are'} below"] if below else []))
+    """Which settings are above and below 0 (LaTeX): by their whole interval, and by Holm's p where they have one."""
+    shown = rows["p_holm"].isna() | (rows["p_holm"] < 0.05)
+    sides = {"above": shown & (rows["ci_low"] > 0), "below": shown & (rows["ci_high"] < 0)}
+    said = [f"{listed(rows.loc[which, 'setting'].map(named).tolist())} {'is' if which.sum() == 1 else 'are'} {side}"
+            for side, which in sides.items() if which.any()]
+    return " and ".join(said) or "no arm is told apart"
+
+
+def _tests(rows: pd.DataFrame) -> str:
+    return ", ".join(
+        f"{named(row['setting'])} {_interval(row)}"
+        + ("" if pd.isna(row["p_holm"]) else f" ($p$ after Holm {p_value(row['p_holm'])})")
+        for row in rows.to_dict("records"))
 
 
 def pay_sentence(answers: pd.DataFrame) -> str:
     """Pass@10 of each arm beside the baseline's best temperature, by both marks (LaTeX)."""
     rows = answers[answers["question"] == "1 does training pay"]
-    said = []
-    for metric, judge in (("pass@10", "the n-gram judge's"), ("pass@10 states", "the states'")):
-        own = rows[rows["metric"] == metric]
-        tests = [f"{named(row['setting'])} {_interval(row)}" + (
-            "" if pd.isna(row["p_holm"]) else f" ($p$ after Holm {p_value(row['p_holm'])})")
-                 for row in own.to_dict("records")]
-        said.append(f"by {judge} mark {_sides(own)}: {', '.join(tests)}")
+    said = [f"by {judge} mark {_sides(own)}: {_tests(own)}" for metric, judge in (
+        ("pass@10", "the n-gram judge's"), ("pass@10 states", "the states'"))
+            for own in [rows[rows["metric"] == metric]]]
     cooler = answers[(answers["question"] == "1 the same, cooler") & (answers["metric"] == "pass@10")]
-    cool = ", ".join(f"{named(row['setting'])} {_interval(row)}" for row in cooler.to_dict("records"))
     return (f"Pass@10 beside the baseline at its best temperature ({rows['versus_temperature'].iloc[0]:g}; "
-            f"{rows['n_seeds'].max():.0f} seeds): {'; '.join(said)}. At temperature .7, by the first mark: {cool}.")
+            f"{rows['n_seeds'].max():.0f} seeds): {'; '.join(said)}. With the arms at .7, the baseline as before, "
+            f"by the first mark: {_tests(cooler)}.")
 
 # %% ../../nbs/paper/13_real_posts_sentences.ipynb #rs08
 def follow_sentence(answers: pd.DataFrame) -> str:
-    """Which scores rise and fall with each arm beside the baseline at the same temperature (LaTeX)."""
-    rows, said = answers[answers["question"] == "2 who follows the reward"], []
+    """Which scores rise and fall with each arm beside the baseline at the same temperature, and for which arms the twin
+    of the reward rises and a judge of another family is not shown to (LaTeX)."""
+    rows, said, alone = answers[answers["question"] == "2 who follows the reward"], [], []
     for arm, own in rows.groupby("setting", sort=False):
-        parts = {"rise": own["ci_low"] > 0, "fall": own["ci_high"] < 0}
-        parts["cannot be told apart"] = ~(parts["rise"] | parts["fall"])
-        words = [f"{listed(own.loc[which, 'metric'].map(_SCORES).tolist())} "
-                 f"{verb + 's' if which.sum() == 1 and verb in ('rise', 'fall') else verb}"
-                 for verb, which in parts.items() if which.any()]
-        said.append(f"under {named(arm)} {', '.join(words)}")
-    return f"Beside the baseline at the same temperature, {'; '.join(said)}."
+        rises, falls = own["ci_low"] > 0, own["ci_high"] < 0
+        parts = [f"{listed(own.loc[which, 'metric'].map(_SCORES).tolist())} "
+                 f"{verb if which.sum() > 1 or verb.startswith('cannot') else verb + 's'}"
+                 for verb, which in (("rise", rises), ("fall", falls), ("cannot be told apart", ~(rises | falls)))
+                 if which.any()]
+        said.append(f"under {named(arm)} {', '.join(parts)}")
+        risen = set(own.loc[rises, "metric"])
+        if "twin" in risen and not {"judge", "states"} <= risen:
+            alone.append(named(arm))
+    text = f"Beside the baseline at the same temperature, {'; '.join(said)}."
+    features = f" What rises for {listed(alone)} is not shown to be more than the reward's features." if alone else ""
+    return text + features
 
 
 def lost_sentence(answers: pd.DataFrame) -> str:
-    """What arms pay in diversity, and hybrid beside grpo (LaTeX)."""
+    """What arms pay in diversity and length, and hybrid beside grpo (LaTeX)."""
     rows = answers[answers["question"] == "3 what is lost"]
-    rows = rows[rows["metric"] == "self_bleu"].to_dict("records")
-    cost = [f"{named(row['setting'])} {_interval(row)}" for row in rows]
+    names = {"self_bleu": "Self-BLEU", "distinct_2": "distinct-2", "length": "words a reply"}
+    cost = [f"{name}: {_tests(rows[rows['metric'] == metric])}" for metric, name in names.items()]
     apart = answers[answers["question"] == "3 hybrid less grpo"].set_index("metric")
-    return (f"Self-BLEU changes by {', '.join(cost)}. hybrid less grpo: Self-BLEU "
-            f"{_interval(apart.loc['self_bleu'])}, Pass@10 {_interval(apart.loc['pass@10'])}.")
+    beside = (f" hybrid less grpo: Self-BLEU {_interval(apart.loc['self_bleu'])}, Pass@10 "
+              f"{_interval(apart.loc['pass@10'])}." if len(apart) else "")
+    return f"Changes of {'; '.join(cost)}.{beside}"
 
 
 def choosing_sentence(answers: pd.DataFrame) -> str:
@@ -79,18 +88,18 @@ def choosing_sentence(answers: pd.DataFrame) -> str:
 
 # %% ../../nbs/paper/13_real_posts_sentences.ipynb #rs13
 def real_in_short(answers: pd.DataFrame) -> str:
-    """Whether any arm is told apart from the baseline on real posts, and by how many judges (LaTeX)."""
+    """Whether any arm is told apart from the baseline on real posts, by each of two judges (LaTeX)."""
     rows = answers[answers["question"] == "1 does training pay"]
     seeds = {2: "two", 3: "three"}.get(int(rows["n_seeds"].max()), f"{rows['n_seeds'].max():.0f}")
-    begun = f"With SmolLM2 on posts of people ({seeds} seeds, no truth)"
     sides = {metric: _sides(part) for metric, part in rows.groupby("metric", sort=False)}
+    begun = f"On posts of people, with SmolLM2 ({seeds} seeds, no truth), Pass@10 beside the baseline's:"
     if len(set(sides.values())) == 1:
-        return f"{begun} {next(iter(sides.values()))} in Pass@10 by either of two judges."
-    return f"{begun} {sides['pass@10']} by a judge of n-grams; {sides['pass@10 states']} by one of states."
+        return f"{begun} {sides['pass@10']} by either of two judges."
+    return f"{begun} by a judge of n-grams {sides['pass@10']}; by one of states {sides['pass@10 states']}."
 
 # %% ../../nbs/paper/13_real_posts_sentences.ipynb #rs11
 _TITLES = {"pass@10": "Pass@10", "pass@10 states": "by states", "reward": "Reward", "twin": "Twin", "judge": "n-grams",
-           "states": "States", "self_bleu": "Self-BLEU", "length": "Words", "kl": "KL"}
+           "states": "States", "self_bleu": "Self-BLEU", "distinct_2": "Distinct-2", "length": "Words", "kl": "KL"}
 
 
 def real_table(means: pd.DataFrame) -> str:

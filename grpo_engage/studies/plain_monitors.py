@@ -20,9 +20,12 @@ BUDGETS: Mapping[str, Sequence[float]] = {"kl": (0.5, 1, 2, 5, 10), "self_bleu":
 # %% ../../nbs/studies/09_plain_monitors.ipynb #pm05
 def spent(units: pd.DataFrame, arm: str, monitor: str) -> pd.DataFrame:
     """What each seed (rows) has spent of `monitor` at each step (columns, ascending), validation posts, temperature 1:
-    nats, rise of Self-BLEU, or change of length as a share of the start's, whichever way it goes."""
+    nats, rise of Self-BLEU, or change of length as a share of the start's, whichever way it goes. Raises: ValueError
+    for units without the start (step 0), which `read_units` adds."""
     rows = units[(units["arm"] == arm) & (units["temperature"] == 1) & (units["split"] == "validation")]
     means = rows.groupby(["seed", "step"])[monitor].mean().unstack().sort_index(axis=1)
+    if 0 not in means:
+        raise ValueError(f"{arm}: its units lack step 0, the start; read them with read_units")
     if monitor == "kl":
         return means
     change = means.sub(means.iloc[:, 0], axis=0)

@@ -24,7 +24,8 @@ from ..train.objective import Objective
 REAL_STEPS = (20, 40)
 REAL_TEMPERATURES = (0.5, 0.7, 1.0)
 REAL_POSTS = {"validation": 24, "test": 32}
-REAL_SAMPLES, REAL_TOKENS, REAL_BEST_OF = 12, 64, 4
+REAL_SAMPLES = {"validation": 16, "test": 12}  # replies to a post
+REAL_TOKENS, REAL_BEST_OF = 64, 4
 REAL_RULES = {"relative": "judge", "states": "states"}  # whose score makes a pass, and another family's beside it
 _COMMON = {"max_new_tokens": REAL_TOKENS, "max_steps": REAL_STEPS[-1], "micro_batch_size": 32, "kl_weight": 0.02,
            "learning_rate_supervised": 2e-4, "learning_rate_policy": 3e-4}
@@ -60,7 +61,7 @@ def read_real_world(run_dir: Path, n_posts: Mapping[str, int] = REAL_POSTS) -> W
 
 # %% ../../nbs/studies/06_real_posts.ipynb #rp10
 def sample_real(name: str, seed: int, out: Path, world: World, arms: Mapping[str, Setting] = REAL_ARMS,
-                n_samples: int = REAL_SAMPLES) -> list[Path]:
+                n_samples: Mapping[str, int] = REAL_SAMPLES) -> list[Path]:
     """Train, sample and score a unit, an arm or best_of_4; one parquet of replies for each look, not done twice."""
     best_of, source = (REAL_BEST_OF, "baseline") if name == "best_of_4" else (1, name)
     trained = train_unit(source, seed, out, world, arms, REAL_STEPS)
@@ -72,7 +73,7 @@ def sample_real(name: str, seed: int, out: Path, world: World, arms: Mapping[str
             posts = world.posts[split]
             choose = partial(best_by_reward, tweets=posts["tweet"].to_numpy(), reward=world.reward, n=best_of)
             made = sample_setting(world.base, trained / f"step{step}", start, posts, world.reward, None,
-                                  n_samples * best_of, child_seed(seed, "real posts", split),
+                                  n_samples[split] * best_of, child_seed(seed, "real posts", split),
                                   max_new_tokens=REAL_TOKENS, temperature=temperature, judges=world.judges,
                                   choose=choose if best_of > 1 else None)
             if best_of > 1:  # as a policy it is another one than what was sampled
