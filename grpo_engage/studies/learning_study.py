@@ -50,10 +50,6 @@ class Setting:
     set_function: SetFunction | None = None
 
 
-def _no_diversity(texts: Sequence[str]) -> float:
-    return 0.5
-
-
 # The same for all: no KL term, one pass a step, no checkpoint on the way.
 _ALIKE = {"kl_weight": 0.0, "gradient_accumulation": 0, "save_steps": 1000, "report_to": "none"}
 _WIDE = {"posts_per_step": 8, "num_generations": 8, "max_steps": 30}  # 64 replies a step, as 4 posts x 16
@@ -62,7 +58,7 @@ _TALL = {"posts_per_step": 4, "num_generations": 16, "max_steps": 30}
 SETTINGS = {
     "baseline": Setting(Objective(1, 0, 0), options={"batch_size": 16, "max_steps": 80}),
     "supervised_8": Setting(Objective(1, 0, 0), options={"batch_size": 8, "max_steps": 30}),
-    "constant_d": Setting(Objective(1, 0, 2), options=_WIDE, set_function=_no_diversity),
+    "constant_d": Setting(Objective(1, 0, 2), options=_WIDE, set_function=lambda texts: 0.5),
     **{f"polychromic_{name}": Setting(Objective(1, 0, 2), options=_WIDE | {"diversity_metric": name})
        for name in ("self_bleu", "distinct_n", "cosine", "vendi")},
     "baseline_long": Setting(Objective(1, 0, 0), "baseline", {"batch_size": 16, "max_steps": 30}),
@@ -130,17 +126,16 @@ def _merged(base: Path, adapter: Path | None) -> tuple:
 
 
 def sample_setting(base: Path, adapter: Path | None, start: Path | None, posts: pd.DataFrame, reward: Callable,
-                   truth: Callable | None, n_samples: int, seed: int, max_new_tokens: int = 28,
-                   temperature: float = 1.0, judges: Mapping[str, Scorer] | None = None,
-                   choose: Callable | None = None) -> pd.DataFrame:
+                   truth: Callable | None, n_samples: int, seed: int, max_new_tokens: int = 28, temperature: float = 1,
+                   judges: Mapping[str, Scorer] | None = None, choose: Callable | None = None) -> pd.DataFrame:
     """Replies of one adapter with what is known of each: columns post, sample, text, those of `score_replies` (judge,
     gold, guard_*, rouge_l and more), reward and kl.
 
     posts: columns post, tweet and replies (lists of real ones). truth: of the run, see `gold_of`; it is the judge too,
     as in the evaluation of such a run. start: adapter that `kl` (nats) is taken to, None for the base, and only of
     samples 0 to 3 (its mean needs few) at temperature 1, NaN at others. judges: more scorers, each a column. `seed`
-    decides the draws. One of `judges` that is named judge takes the place of the truth, which may then be None.
-    choose: which of the replies that were drawn are scored (a table with post, sample, text).
+    decides the draws. A judge named judge is taken for the truth, which may be None then. choose: which of the replies
+    drawn are scored (a table with post, sample, text).
     """
     model, tokenizer = _merged(base, adapter)
     reference, _ = _merged(base, start)
