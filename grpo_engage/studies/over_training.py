@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKS', 'TEMPERATURES', 'POSTS', 'PRIMARY', 'SECONDARY', 'SETTINGS', 'OWN_SAMPLES', 'OWN_KEPT', 'SAMPLED',
-           'samplings', 'World', 'read_world', 'world_in', 'own_best', 'train_unit', 'best_by_reward', 'sample_unit',
-           'freeze_marks', 'keep_unit', 'write_unit']
+           'samplings', 'World', 'read_world', 'world_in', 'own_best', 'train_unit', 'best_by_reward', 'sample_look',
+           'sample_unit', 'freeze_marks', 'keep_unit', 'write_unit']
 
 # %% ../../nbs/studies/02_over_training.ipynb #820c26c0
 from collections.abc import Callable, Mapping, Sequence
@@ -162,6 +162,16 @@ def best_by_reward(made: pd.DataFrame, tweets: np.ndarray, reward: Callable, n: 
     return scored.loc[best].drop(columns="score").reset_index(drop=True)
 
 # %% ../../nbs/studies/02_over_training.ipynb #rej5
+def sample_look(world: World, adapter: Path, start: Path | None, posts: pd.DataFrame, n_samples: int, seed: int,
+                best_of: int = 1, **options) -> pd.DataFrame:
+    """`sample_setting` of an adapter in `world`, of each `best_of` draws the best by the reward: a policy of its own,
+    whose KL is not known. options: of `sample_setting`."""
+    choose = partial(best_by_reward, tweets=posts["tweet"].to_numpy(), reward=world.reward, n=best_of)
+    made = sample_setting(world.base, adapter, start, posts, world.reward, world.truth, n_samples * best_of, seed,
+                          judges=world.judges, choose=choose if best_of > 1 else None, **options)
+    return made.assign(kl=np.nan) if best_of > 1 else made
+
+
 def sample_unit(name: str, seed: int, out: Path, world: World, n_samples: int = 32) -> list[Path]:
     """Sample and score a trained unit, or one of SAMPLED; one parquet of replies for each split, step and temperature,
     not done twice."""
@@ -174,13 +184,8 @@ def sample_unit(name: str, seed: int, out: Path, world: World, n_samples: int = 
         for split, posts in world.posts.items():
             target = folder / f"{split}-{step}-{temperature:g}.parquet"
             if not target.exists():
-                choose = partial(best_by_reward, tweets=posts["tweet"].to_numpy(), reward=world.reward, n=best_of)
-                made = sample_setting(world.base, trained / f"step{step}", start, posts, world.reward, world.truth,
-                                      n_samples * best_of, child_seed(seed, "over-training samples", split),
-                                      temperature=temperature, judges=world.judges,
-                                      choose=choose if best_of > 1 else None)
-                if best_of > 1:  # as a policy it is another one than what was sampled
-                    made["kl"] = np.nan
+                made = sample_look(world, trained / f"step{step}", start, posts, n_samples,
+                                   child_seed(seed, "over-training samples", split), best_of, temperature=temperature)
                 write_parquet(target, made.assign(split=split, step=step, temperature=temperature))
             written.append(target)
     return written

@@ -9,15 +9,13 @@ __all__ = ['REAL_STEPS', 'REAL_TEMPERATURES', 'REAL_POSTS', 'REAL_SAMPLES', 'REA
 # %% ../../nbs/studies/06_real_posts.ipynb #rp03
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..base.core import child_seed, write_parquet
-from .learning_study import Setting, sample_setting
-from .over_training import World, best_by_reward, freeze_marks, keep_unit, read_world, train_unit
+from .learning_study import Setting
+from .over_training import World, freeze_marks, keep_unit, read_world, sample_look, train_unit
 from ..train.objective import Objective
 
 # %% ../../nbs/studies/06_real_posts.ipynb #rp05
@@ -70,14 +68,9 @@ def sample_real(name: str, seed: int, out: Path, world: World, arms: Mapping[str
     for split, step, temperature in real_looks(name):
         target = Path(out) / "work" / name / f"seed{seed}" / f"{split}-{step}-{temperature:g}.parquet"
         if not target.exists():
-            posts = world.posts[split]
-            choose = partial(best_by_reward, tweets=posts["tweet"].to_numpy(), reward=world.reward, n=best_of)
-            made = sample_setting(world.base, trained / f"step{step}", start, posts, world.reward, None,
-                                  n_samples[split] * best_of, child_seed(seed, "real posts", split),
-                                  max_new_tokens=REAL_TOKENS, temperature=temperature, judges=world.judges,
-                                  choose=choose if best_of > 1 else None)
-            if best_of > 1:  # as a policy it is another one than what was sampled
-                made["kl"] = np.nan
+            made = sample_look(world, trained / f"step{step}", start, world.posts[split], n_samples[split],
+                               child_seed(seed, "real posts", split), best_of, max_new_tokens=REAL_TOKENS,
+                               temperature=temperature)
             write_parquet(target, made.assign(split=split, step=step, temperature=temperature))
         written.append(target)
     return written
